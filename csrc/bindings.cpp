@@ -1,0 +1,28 @@
+// The schemas of the compiled library. Python sees them as torch.ops.fused_attn_C.*; they are
+// private, and the functions in fused_attn.ops are the interface. Each op's *_cpu.cpp and
+// *_cuda.cu registers the implementations.
+#include <torch/library.h>
+
+#include "common/isa.h"
+
+namespace {
+
+std::string cpu_isa_name() {
+  switch (fused_attn::cpu_isa()) {
+    case fused_attn::Isa::kAvx512:
+      return "avx512";
+    case fused_attn::Isa::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fused_attn_C, m) {
+  m.def("cpu_isa() -> str", &cpu_isa_name);
+  m.def(
+      "add_layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor? seed, float eps, float dropout_p, bool need_sum) -> (Tensor, Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,167 @@
+// A vector of floats as wide as the instruction set of the unit that includes it, with loads and
+// stores that convert from and to fp32, fp16 and bf16. Built on the vector extensions of GCC and
+// Clang, so the baseline also serves machines that are not x86.
+//
+// Include it from kernel headers only, inside no namespace; FUSED_ATTN_ISA names the unit.
+#pragma once
+
+#ifndef FUSED_ATTN_ISA
+#error "vec.h belongs to kernel units, which define FUSED_ATTN_ISA"
+#endif
+
+#include "common/dtype.h"
+#include "common/kernel_prelude.h"
+
+#define FUSED_ATTN_INLINE inline __attribute__((always_inline))
+
+namespace fused_attn {
+namespace FUSED_ATTN_ISA {
+
+#if defined(FUSED_ATTN_ISA_AVX512)
+constexpr int kVec = 16;
+#elif defined(FUSED_ATTN_ISA_AVX2)
+constexpr int kVec = 8;
+#else
+constexpr int kVec = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kVec * 4)));
+typedef int32_t VecI __attribute__((vector_size(kVec * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kVec * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kVec * 2)));
+
+FUSED_ATTN_INLINE Vec broadcast(float x) { return Vec{} + x; }
+
+// Lane numbers 0, 1, 2, ...
+FUSED_ATTN_INLINE VecI iota() {
+  VecI r;
+  for (int i = 0; i < kVec; ++i) r[i] = i;
+  return r;
+}
+
+FUSED_ATTN_INLINE Vec select(VecI condition, Vec yes, Vec no) { return condition ? yes : no; }
+// As std::max(b, a): the second operand where either is NaN.
+FUSED_ATTN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+FUSED_ATTN_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+FUSED_ATTN_INLINE float reduce_add(Vec v) {
+  float lanes[kVec];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int half = kVec / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+FUSED_ATTN_INLINE float reduce_max(Vec v) {
+  float lanes[kVec];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int half = kVec / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+
+// --- loads and stores ---------------------------------------------------------------------
+
+FUSED_ATTN_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+FUSED_ATTN_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+FUSED_ATTN_INLINE Vec load(const BFloat16* p) {
+  VecH h;
+  std::memcpy(&h, p, sizeof(h));
+  VecU u = __builtin_convertvector(h, VecU) << 16;
+  Vec v;
+  std::memcpy(&v, &u, sizeof(v));
+  return v;
+}
+
+FUSED_ATTN_INLINE void store(BFloat16* p, Vec v) {
+  VecU u;
+  std::memcpy(&u, &v, sizeof(v));
+  // Round to nearest even; NaN stays a quiet NaN.
+  VecU rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  VecI is_nan = v != v;
+  rounded = is_nan ? (VecU{} + 0x7FC0u) : rounded;
+  VecH h = __builtin_convertvector(rounded, VecH);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+FUSED_ATTN_INLINE Vec load(const Half* p) {
+#if defined(FUSED_ATTN_ISA_AVX512)
+  __m512 v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Vec&>(v);
+#elif defined(FUSED_ATTN_ISA_AVX2)
+  __m256 v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return reinterpret_cast<Vec&>(v);
+#else
+  Vec v;
+  for (int i = 0; i < kVec; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+FUSED_ATTN_INLINE void store(Half* p, Vec v) {
+#if defined(FUSED_ATTN_ISA_AVX512)
+  __m256i h = _mm512_cvtps_ph(reinterpret_cast<__m512&>(v), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+#elif defined(FUSED_ATTN_ISA_AVX2)
+  __m128i h = _mm256_cvtps_ph(reinterpret_cast<__m256&>(v), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
+#else
+  for (int i = 0; i < kVec; ++i) p[i] = from_float<Half>(v[i]);
+#endif
+}
+
+// The first n lanes; the others hold `fill`. Reads nothing past p[n - 1].
+template <typename T>
+FUSED_ATTN_INLINE Vec load_partial(const T* p, int64_t n, float fill = 0.0f) {
+  Vec v = broadcast(fill);
+  for (int i = 0; i < kVec; ++i)
+    if (i < n) v[i] = to_float(p[i]);
+  return v;
+}
+
+template <typename T>
+FUSED_ATTN_INLINE void store_partial(T* p, Vec v, int64_t n) {
+  for (int i = 0; i < kVec; ++i)
+    if (i < n) p[i] = from_float<T>(v[i]);
+}
+
+// --- functions ----------------------------------------------------------------------------
+
+FUSED_ATTN_INLINE Vec as_vec(VecI i) {
+  Vec v;
+  std::memcpy(&v, &i, sizeof(v));
+  return v;
+}
+
+// e^x to about 1 unit in the last place for x in [-87.3, 88.3]; 0 below, +inf above, NaN for
+// NaN. x = n ln 2 + r with |r| <= ln 2 / 2 and a degree-6 polynomial in r.
+FUSED_ATTN_INLINE Vec exp(Vec x) {
+  const Vec clamped = min(max(x, broadcast(-87.4f)), broadcast(88.8f));
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = clamped * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  Vec r = clamped - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  Vec p = broadcast(1.3981999507e-3f);
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // 2^n in two factors, since n may be 128 just below the overflow.
+  const VecI ni = __builtin_convertvector(n, VecI);
+  const VecI half = ni >> 1;
+  Vec result = p * as_vec((half + 127) << 23) * as_vec((ni - half + 127) << 23);
+  result = select(x < broadcast(-87.33654f), Vec{}, result);
+  result = select(x > broadcast(88.72283f), broadcast(std::numeric_limits<float>::infinity()), result);
+  return select(x != x, x, result);
+}
+
+}  // namespace FUSED_ATTN_ISA
+}  // namespace fused_attn

@@ -1,0 +1,13 @@
+"""Fused kernels and modules for attention-based sequence-to-sequence models in PyTorch."""
+
+from .ops import BeamSearchStep, add_layer_norm, attention, beam_search_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BeamSearchStep",
+    "__version__",
+    "add_layer_norm",
+    "attention",
+    "beam_search_step",
+]

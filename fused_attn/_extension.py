@@ -1,0 +1,51 @@
+"""Loads the compiled library once, and remembers why it is absent."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the compiled library.
+
+    Returns:
+        None when it is loaded, else the reason why it is not.
+    """
+    found = sorted(Path(__file__).parent.glob("_C*.so")) + sorted(
+        Path(__file__).parent.glob("_C*.pyd")
+    )
+    if not found:
+        return (
+            "the C++ extension was not built (no C++ compiler at installation): install g++, then "
+            "`pip install --no-build-isolation --force-reinstall --no-deps fused_attn`"
+        )
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return (
+            f"the C++ extension does not load with torch {torch.__version__} "
+            f"({str(error).splitlines()[0]}): build it again with this torch"
+        )
+    return None
+
+
+def cpu_instruction_set() -> str:
+    """Name of the instruction set that the CPU kernels use here, e.g. ``avx2``."""
+    reason = load()
+    if reason is not None:
+        raise RuntimeError(reason)
+    return torch.ops.fused_attn_C.cpu_isa()
+
+
+def cuda_unavailable_reason() -> str:
+    """Why the compiled library has no CUDA kernels; empty when it has them.
+
+    Call it only after :func:`load` has returned None.
+    """
+    if not hasattr(torch.ops.fused_attn_C, "cuda_architectures"):
+        return "the extension was built without CUDA kernels (nvcc and a CUDA torch are needed)"
+    return ""

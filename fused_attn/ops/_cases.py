@@ -1,0 +1,58 @@
+"""What a named case of an op is; each op's ``cases.py`` lists its own.
+
+One list serves the tests, ``fused-attn validate`` and the benchmarks, so that nothing is timed
+that was not checked.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(abc.ABC):
+    """A call of an op's public function, made from a seed."""
+
+    name: str
+    """Unique within the op, e.g. ``causal_ragged``."""
+    kind: Literal["edge", "typical", "benchmark"]
+    """Edge cases are small and strange, typical ones small and ordinary, benchmark ones large."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+
+    op: ClassVar[str]
+    differentiable: ClassVar[tuple[str, ...]] = ()
+    """Inputs whose gradients are checked, where they are there."""
+
+    @abc.abstractmethod
+    def inputs(
+        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> dict[str, Any]:
+        """Keyword arguments of the public function, without ``backend``.
+
+        The generator is a CPU generator: values are drawn on the CPU in fp32 and moved, so a
+        case is the same on every device.
+        """
+
+    @abc.abstractmethod
+    def run(self, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tensor, ...]:
+        """Call the public function and return its outputs as a tuple."""
+
+    def comparable(
+        self, inputs: Mapping[str, Any], outputs: tuple[Tensor, ...]
+    ) -> dict[str, Tensor]:
+        """Floating-point tensors, by name, that must agree with the oracle's within the budget."""
+        return {f"output_{i}": output for i, output in enumerate(outputs)}
+
+    def flops(self, backward: bool = False) -> int:
+        """Floating-point operations of the call."""
+        return 0
+
+    def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
+        """Bytes that must be read and written at least once."""
+        return 0

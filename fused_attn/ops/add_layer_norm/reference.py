@@ -1,0 +1,45 @@
+"""Add & Norm in plain PyTorch: the specification of every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._philox import keep_mask
+
+
+def add_layer_norm_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and sum, both of the shape and dtype of ``x``; see the public function.
+
+    Computes in fp32 (fp64 for fp64 inputs) and rounds once at each output.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    total = x.to(compute)
+    if dropout_p > 0.0:
+        assert seed is not None  # the public function draws one
+        total = total * keep_mask(seed, x.shape, dropout_p) / (1.0 - dropout_p)
+    if residual is not None:
+        total = total + residual.to(compute)
+    mean = total.mean(dim=-1, keepdim=True)
+    centred = total - mean
+    variance = (centred * centred).mean(dim=-1, keepdim=True)
+    output = centred * torch.rsqrt(variance + eps)
+    if weight is not None:
+        output = output * weight.to(compute)
+    if bias is not None:
+        output = output + bias.to(compute)
+    return output.to(x.dtype), total.to(x.dtype)
+
+
+def unsupported_reasons(*tensors: object, **flags: object) -> list[str]:
+    """The reference runs every call."""
+    return []
