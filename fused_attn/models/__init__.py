@@ -1,0 +1,5 @@
+"""Whole sequence-to-sequence models."""
+
+from .config import TransformerConfig
+
+__all__ = ["TransformerConfig"]
