@@ -24,6 +24,8 @@ class Case(abc.ABC):
     kind: Literal["edge", "typical", "benchmark"]
     """Edge cases are small and strange, typical ones small and ordinary, benchmark ones large."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    gradcheck: bool = False
+    """Small and smooth enough for numerical differentiation of the reference in fp64."""
 
     op: ClassVar[str]
     differentiable: ClassVar[tuple[str, ...]] = ()
