@@ -1,0 +1,95 @@
+"""How to train, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of a training run.
+
+    An update is one step of the optimiser; a checkpoint is written, and validation runs, every
+    ``checkpoint_every`` updates and at the end. Training ends at the first limit that is reached;
+    at least one of ``max_steps``, ``max_epochs`` and ``max_minutes`` must be set.
+
+    Attributes:
+        learning_rate: Peak of the schedule.
+        warmup_steps: Updates until the peak; the rate then falls as 1 / sqrt(update).
+        label_smoothing: Probability given to the whole vocabulary instead of the right word.
+        max_tokens: Most tokens of the longer side a batch, padding counted.
+        accumulate: Batches an update, as if they were one.
+        clip_norm: Longest gradient, all parameters together; 0 does not clip.
+        weight_decay: Decoupled decay of matrices.
+        max_steps: Most updates, those before a resumption included.
+        max_epochs: Most passes over the data, likewise.
+        max_minutes: Most minutes of this invocation, before the final validation.
+        checkpoint_every: Updates between checkpoints; None: one an epoch.
+        keep_checkpoints: How many of the latest checkpoints to keep; the best is kept besides.
+        average: Give out the mean of the weights of this many latest checkpoints; 1: give out
+            the best one, or without validation the last.
+        patience: Stop after this many validations without a better score; None: never.
+        seed: Of the order of the data. (Initial weights and dropout follow PyTorch's generator.)
+        bf16: Compute in bfloat16 where autocast deems it safe; weights and optimiser stay fp32.
+        log_every: Updates between lines of the log.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 2000
+    label_smoothing: float = 0.1
+    max_tokens: int = 4096
+    accumulate: int = 1
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    max_minutes: float | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 5
+    average: int = 1
+    patience: int | None = None
+    seed: int = 1
+    bf16: bool = False
+    log_every: int = 100
+
+    def __post_init__(self) -> None:
+        self._at_least("warmup_steps", 0)
+        for name in (
+            "max_tokens",
+            "accumulate",
+            "max_steps",
+            "max_epochs",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "average",
+            "patience",
+            "log_every",
+        ):
+            self._at_least(name, 1)
+        for name in ("clip_norm", "weight_decay", "max_minutes", "seed"):
+            self._at_least(name, 0)
+        if not self.learning_rate > 0:
+            raise ValueError(
+                f"TrainingConfig: learning_rate must be positive, got {self.learning_rate}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"TrainingConfig: label_smoothing must be in [0, 1), got {self.label_smoothing}"
+            )
+        if self.average > self.keep_checkpoints:
+            raise ValueError(
+                f"TrainingConfig: average must be at most keep_checkpoints = "
+                f"{self.keep_checkpoints}, got {self.average}"
+            )
+        if self.max_steps is None and self.max_epochs is None and self.max_minutes is None:
+            raise ValueError(
+                "TrainingConfig: one of max_steps, max_epochs and max_minutes must be set, got none"
+            )
+
+    def _at_least(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"TrainingConfig: {name} must be at least {low}, got {value}")
