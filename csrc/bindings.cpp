@@ -25,4 +25,8 @@ TORCH_LIBRARY(fused_attn_C, m) {
   m.def(
       "add_layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor? seed, float eps, float dropout_p, bool need_sum) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "add_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor? residual, "
+      "Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float dropout_p, bool x_is_sum, "
+      "bool need_grad_residual, bool need_grad_parameters) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -1,5 +1,5 @@
-// Parameters of the add_layer_norm kernels. Rows are contiguous; a null pointer is an absent
-// tensor. T stands for the element type named by `dtype`.
+// Parameters of the add_layer_norm kernels. A null pointer is an absent tensor. T stands for the
+// element type named by `dtype`.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,51 @@
 
 namespace fused_attn {
 
+// Rows of T [rows, width], each contiguous: row r begins at element
+// (r / inner) * outer_stride + (r % inner) * inner_stride.
+struct StridedRows {
+  const void* data;
+  int64_t inner;
+  int64_t outer_stride;
+  int64_t inner_stride;
+};
+
 struct AddLayerNormForward {
-  const void* x;         // T [rows, width]
-  const void* residual;  // T [rows, width] or null
-  const float* weight;   // [width] or null
-  const float* bias;     // [width] or null
+  StridedRows x;
+  StridedRows residual;  // or null
+  const float* weight;   // [width]
+  const float* bias;     // [width]
   void* output;          // T [rows, width]
   void* sum;             // T [rows, width] or null
   float* mean;           // [rows]
   float* rstd;           // [rows]
   int64_t width;
   float eps;
-  float dropout_p;
+  float keep_scale;  // 1 / (1 - dropout_p)
+  uint32_t
+      keep_threshold;  // an element is kept when its random word is at least this; 0: no dropout
+  uint64_t seed;
+  DType dtype;
+};
+
+struct AddLayerNormBackward {
+  StridedRows grad_output;
+  StridedRows grad_sum;  // or null
+  StridedRows x;         // the sum itself when `x_is_sum`
+  StridedRows residual;  // or null
+  bool x_is_sum;
+  const float* mean;      // [rows]
+  const float* rstd;      // [rows]
+  const float* weight;    // [width]
+  void* grad_x;           // T [rows, width]
+  void* grad_residual;    // T [rows, width] or null: it equals grad_x, or there is no residual
+  float* partial_weight;  // [chunks, width] or null
+  float* partial_bias;    // [chunks, width] or null
+  int64_t rows;
+  int64_t width;
+  int64_t chunk_rows;
+  float keep_scale;
+  uint32_t keep_threshold;
   uint64_t seed;
   DType dtype;
 };
@@ -29,4 +62,9 @@ struct AddLayerNormForward {
 
 FUSED_ATTN_DECLARE_KERNELS(
     // Rows [begin, end).
-    void add_layer_norm_forward(const AddLayerNormForward& p, int64_t begin, int64_t end);)
+    void add_layer_norm_forward(const AddLayerNormForward& p, int64_t begin, int64_t end);
+    // Chunks [begin, end) of `chunk_rows` rows.
+    void add_layer_norm_backward(const AddLayerNormBackward& p, int64_t begin, int64_t end);
+    // total[i] = sum over chunks of partial[chunk, i], for columns [begin, end).
+    void add_layer_norm_reduce(const float* partial, int64_t chunks, int64_t width, float* total,
+                               int64_t begin, int64_t end);)

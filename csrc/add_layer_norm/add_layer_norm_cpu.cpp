@@ -1,6 +1,8 @@
 // Unpacks tensors for the CPU kernels of add_layer_norm and spreads rows over threads.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "add_layer_norm/add_layer_norm.h"
@@ -14,35 +16,93 @@ using at::Tensor;
 // Elements per task below which threads cost more than they save.
 constexpr int64_t kGrain = 16384;
 
+// The gradients of weight and bias are summed in chunks of rows: in an order that depends on the
+// shape alone, so that they are the same bits for any number of threads.
+constexpr int64_t kMaxChunks = 64;
+constexpr int64_t kMinChunkRows = 16;
+
+// The rows of a tensor, without a copy when each is contiguous and two strides describe them.
+// `keep_alive` owns what the result points to.
+StridedRows strided_rows(const Tensor& tensor, Tensor& keep_alive) {
+  const int64_t last = tensor.dim() - 1;
+  int64_t sizes[2] = {1, 1};  // inner, outer
+  int64_t strides[2] = {0, 0};
+  int levels = 0;
+  bool fits = tensor.size(last) == 1 || tensor.stride(last) == 1;
+  for (int64_t d = last - 1; d >= 0 && fits; --d) {
+    const int64_t size = tensor.size(d);
+    const int64_t stride = tensor.stride(d);
+    if (size == 1) continue;
+    if (levels > 0 && stride == strides[levels - 1] * sizes[levels - 1]) {
+      sizes[levels - 1] *= size;
+    } else if (levels < 2) {
+      sizes[levels] = size;
+      strides[levels] = stride;
+      ++levels;
+    } else {
+      fits = false;
+    }
+  }
+  if (!fits) {
+    keep_alive = tensor.contiguous();
+    return {keep_alive.const_data_ptr(), std::numeric_limits<int64_t>::max(), 0, tensor.size(last)};
+  }
+  keep_alive = tensor;
+  return {tensor.const_data_ptr(), levels == 2 ? sizes[0] : std::numeric_limits<int64_t>::max(),
+          strides[1], strides[0]};
+}
+
+StridedRows strided_rows(const std::optional<Tensor>& tensor, Tensor& keep_alive) {
+  return tensor ? strided_rows(*tensor, keep_alive) : StridedRows{};
+}
+
+Tensor parameter(const std::optional<Tensor>& given, float otherwise, const Tensor& x) {
+  if (given) return given->to(at::kFloat).contiguous();
+  const auto options = x.options().dtype(at::kFloat);
+  return otherwise == 0.0f ? at::zeros({x.size(-1)}, options) : at::ones({x.size(-1)}, options);
+}
+
+// `keep_threshold` in fused_attn/ops/_philox.py.
+uint32_t keep_threshold(double dropout_p) {
+  return static_cast<uint32_t>(std::min(dropout_p * 4294967296.0, 4294967295.0));
+}
+
+uint64_t seed_of(const std::optional<Tensor>& seed, double dropout_p) {
+  if (dropout_p == 0.0) return 0;
+  TORCH_CHECK(seed.has_value(), "add_layer_norm: dropout needs a seed");
+  return static_cast<uint64_t>(seed->item<int64_t>());
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_cpu(
     const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, double eps,
     double dropout_p, bool need_sum) {
   const int64_t width = x.size(-1);
   const int64_t rows = x.numel() / std::max<int64_t>(width, 1);
-  const Tensor x_rows = x.contiguous();
-  const Tensor residual_rows = residual ? residual->contiguous() : Tensor();
-  const Tensor weight_f = weight ? weight->to(at::kFloat).contiguous() : Tensor();
-  const Tensor bias_f = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const Tensor weight_f = parameter(weight, 1.0f, x);
+  const Tensor bias_f = parameter(bias, 0.0f, x);
+  const auto statistics = x.options().dtype(at::kFloat);
 
   Tensor output = at::empty(x.sizes(), x.options());
   Tensor sum = need_sum ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  Tensor mean = at::empty({rows}, x.options().dtype(at::kFloat));
-  Tensor rstd = at::empty({rows}, x.options().dtype(at::kFloat));
+  Tensor mean = at::empty({rows}, statistics);
+  Tensor rstd = at::empty({rows}, statistics);
 
+  Tensor x_owner, residual_owner;
   AddLayerNormForward p{};
-  p.x = x_rows.const_data_ptr();
-  p.residual = residual ? residual_rows.const_data_ptr() : nullptr;
-  p.weight = weight ? weight_f.const_data_ptr<float>() : nullptr;
-  p.bias = bias ? bias_f.const_data_ptr<float>() : nullptr;
+  p.x = strided_rows(x, x_owner);
+  p.residual = strided_rows(residual, residual_owner);
+  p.weight = weight_f.const_data_ptr<float>();
+  p.bias = bias_f.const_data_ptr<float>();
   p.output = output.mutable_data_ptr();
   p.sum = need_sum ? sum.mutable_data_ptr() : nullptr;
   p.mean = mean.mutable_data_ptr<float>();
   p.rstd = rstd.mutable_data_ptr<float>();
   p.width = width;
   p.eps = static_cast<float>(eps);
-  p.dropout_p = static_cast<float>(dropout_p);
-  p.seed = seed ? static_cast<uint64_t>(seed->item<int64_t>()) : 0;
+  p.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+  p.keep_threshold = keep_threshold(dropout_p);
+  p.seed = seed_of(seed, dropout_p);
   p.dtype = kernel_dtype(x.scalar_type());
 
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1));
@@ -52,9 +112,73 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_cpu(
   return {output, sum, mean, rstd};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
+    const Tensor& grad_output, const std::optional<Tensor>& grad_sum, const Tensor& x,
+    const std::optional<Tensor>& residual, const Tensor& mean, const Tensor& rstd,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& seed, double dropout_p,
+    bool x_is_sum, bool need_grad_residual, bool need_grad_parameters) {
+  const int64_t width = x.size(-1);
+  const int64_t rows = x.numel() / std::max<int64_t>(width, 1);
+  const Tensor weight_f = parameter(weight, 1.0f, x);
+  const Tensor mean_rows = mean.contiguous();
+  const Tensor rstd_rows = rstd.contiguous();
+  const auto fp32 = x.options().dtype(at::kFloat);
+
+  const int64_t chunk_rows = std::max(kMinChunkRows, (rows + kMaxChunks - 1) / kMaxChunks);
+  const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+  const bool separate = need_grad_residual && dropout_p > 0.0;
+  Tensor grad_x = at::empty(x.sizes(), x.options());
+  Tensor grad_residual = separate ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  Tensor grad_weight = at::empty({need_grad_parameters ? width : 0}, fp32);
+  Tensor grad_bias = at::empty({need_grad_parameters ? width : 0}, fp32);
+  Tensor partial = at::empty({2, chunks, need_grad_parameters ? width : 0}, fp32);
+
+  Tensor grad_output_owner, grad_sum_owner, x_owner, residual_owner;
+  AddLayerNormBackward p{};
+  p.grad_output = strided_rows(grad_output, grad_output_owner);
+  p.grad_sum = strided_rows(grad_sum, grad_sum_owner);
+  p.x = strided_rows(x, x_owner);
+  p.residual = strided_rows(residual, residual_owner);
+  p.x_is_sum = x_is_sum;
+  p.mean = mean_rows.const_data_ptr<float>();
+  p.rstd = rstd_rows.const_data_ptr<float>();
+  p.weight = weight_f.const_data_ptr<float>();
+  p.grad_x = grad_x.mutable_data_ptr();
+  p.grad_residual = separate ? grad_residual.mutable_data_ptr() : nullptr;
+  if (need_grad_parameters) {
+    p.partial_weight = partial.mutable_data_ptr<float>();
+    p.partial_bias = p.partial_weight + chunks * width;
+  }
+  p.rows = rows;
+  p.width = width;
+  p.chunk_rows = chunk_rows;
+  p.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+  p.keep_threshold = keep_threshold(dropout_p);
+  p.seed = seed_of(seed, dropout_p);
+  p.dtype = kernel_dtype(x.scalar_type());
+
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(width * chunk_rows, 1));
+  at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    FUSED_ATTN_CALL_KERNEL(add_layer_norm_backward, p, begin, end);
+  });
+  if (need_grad_parameters) {
+    float* weight_out = grad_weight.mutable_data_ptr<float>();
+    float* bias_out = grad_bias.mutable_data_ptr<float>();
+    const int64_t columns = std::max<int64_t>(64, kGrain / std::max<int64_t>(chunks, 1));
+    at::parallel_for(0, width, columns, [&](int64_t begin, int64_t end) {
+      FUSED_ATTN_CALL_KERNEL(add_layer_norm_reduce, p.partial_weight, chunks, width, weight_out,
+                             begin, end);
+      FUSED_ATTN_CALL_KERNEL(add_layer_norm_reduce, p.partial_bias, chunks, width, bias_out, begin,
+                             end);
+    });
+  }
+  return {grad_x, grad_residual, grad_weight, grad_bias};
+}
+
 }  // namespace
 }  // namespace fused_attn
 
 TORCH_LIBRARY_IMPL(fused_attn_C, CPU, m) {
   m.impl("add_layer_norm_forward", &fused_attn::add_layer_norm_forward_cpu);
+  m.impl("add_layer_norm_backward", &fused_attn::add_layer_norm_backward_cpu);
 }

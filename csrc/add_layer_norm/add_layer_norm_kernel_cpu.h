@@ -1,48 +1,310 @@
 // CPU kernels of add_layer_norm: raw pointers, no torch. Compiled once per instruction set.
+//
+// A row is read from memory once: its sum stays in the L1 cache, in fp32, for the passes that
+// follow. Rows that are longer than the cache read the sum from L2.
 #pragma once
 
 #include "add_layer_norm/add_layer_norm.h"
+#include "common/philox.h"
+#include "common/scratch.h"
 #include "common/vec.h"
 
 namespace fused_attn {
 namespace FUSED_ATTN_ISA {
 
+// --- loops over the vectors of a row --------------------------------------------------------
+
+using FullVec = std::integral_constant<int64_t, kVec>;
+
 template <typename T>
+FUSED_ATTN_INLINE Vec load_lanes(const T* p, FullVec) {
+  return load(p);
+}
+
+template <typename T>
+FUSED_ATTN_INLINE Vec load_lanes(const T* p, int64_t lanes) {
+  return load_partial(p, lanes);
+}
+
+template <typename T>
+FUSED_ATTN_INLINE void store_lanes(T* p, Vec v, FullVec) {
+  store(p, v);
+}
+
+template <typename T>
+FUSED_ATTN_INLINE void store_lanes(T* p, Vec v, int64_t lanes) {
+  store_partial(p, v, lanes);
+}
+
+FUSED_ATTN_INLINE Vec zero_beyond(Vec v, FullVec) { return v; }
+
+FUSED_ATTN_INLINE Vec zero_beyond(Vec v, int64_t lanes) {
+  return select(iota() < static_cast<int32_t>(lanes), v, Vec{});
+}
+
+// Sums have this many accumulators: a chain of dependent additions would wait for each.
+constexpr int kSlots = 4;
+
+// Calls body(i, lanes, slot) for each vector of the row: columns [i, i + lanes).
+template <typename Body>
+FUSED_ATTN_INLINE void for_vectors(int64_t width, Body&& body) {
+  int64_t i = 0;
+  for (; i + kSlots * kVec <= width; i += kSlots * kVec) {
+#pragma GCC unroll 4
+    for (int slot = 0; slot < kSlots; ++slot) body(i + slot * kVec, FullVec{}, slot);
+  }
+  for (; i + kVec <= width; i += kVec) body(i, FullVec{}, 0);
+  if (i < width) body(i, width - i, 0);
+}
+
+FUSED_ATTN_INLINE float total_of(const Vec (&slots)[kSlots]) {
+  return reduce_add((slots[0] + slots[1]) + (slots[2] + slots[3]));
+}
+
+inline int64_t padded(int64_t width) { return (width + kVec - 1) / kVec * kVec; }
+
+template <typename T>
+FUSED_ATTN_INLINE const T* row_of(const StridedRows& rows, int64_t r) {
+  const T* data = static_cast<const T*>(rows.data);
+  // Rows with one stride do without the division, which takes as long as dozens of vectors.
+  if (r < rows.inner) return data + r * rows.inner_stride;
+  return data + (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride;
+}
+
+template <bool kHasDropout>
+FUSED_ATTN_INLINE Vec drop(Vec value, const uint32_t* keep, int64_t i, Vec scale) {
+  if constexpr (kHasDropout) return keep_or_zero(value * scale, keep + i);
+  return value;
+}
+
+// --- forward --------------------------------------------------------------------------------
+
+template <typename T, bool kHasResidual, bool kHasDropout>
 static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t begin, int64_t end) {
   const int64_t width = p.width;
-  std::vector<float> row(width);
+  const float inverse_width = 1.0f / static_cast<float>(width);
+  const Vec scale = broadcast(p.keep_scale);
+  Scratch<float> row(padded(width));
+  Scratch<uint32_t> random(kHasDropout ? dropout_keep_capacity(width) : 0);
+  float* sum = row.data();
+
   for (int64_t r = begin; r < end; ++r) {
-    const T* x = static_cast<const T*>(p.x) + r * width;
-    const T* residual = p.residual ? static_cast<const T*>(p.residual) + r * width : nullptr;
+    const T* x = row_of<T>(p.x, r);
+    const T* residual = kHasResidual ? row_of<T>(p.residual, r) : nullptr;
+    const uint32_t* keep = nullptr;
+    if constexpr (kHasDropout)
+      keep = dropout_keep(p.seed, p.keep_threshold, r * width, width, random.data());
+
+    T* sum_out = p.sum ? static_cast<T*>(p.sum) + r * width : nullptr;
+    Vec totals[kSlots] = {};
+    for_vectors(width, [&](int64_t i, auto lanes, int slot) {
+      Vec s = drop<kHasDropout>(load_lanes(x + i, lanes), keep, i, scale);
+      if constexpr (kHasResidual) s += load_lanes(residual + i, lanes);
+      if (sum_out) {
+        // What is normalised is the sum that the caller sees, and that the backward reads.
+        store_lanes(sum_out + i, s, lanes);
+        if constexpr (!std::is_same_v<T, float>) s = load_lanes(sum_out + i, lanes);
+      }
+      store(sum + i, s);
+      totals[slot] += zero_beyond(s, lanes);
+    });
+    const float estimate = total_of(totals) * inverse_width;
+
+    // Deviations from the estimated mean are small where the mean is large, so their sum gives
+    // what the estimate lost to rounding.
+    Vec deviations[kSlots] = {};
+    Vec squares[kSlots] = {};
+    for_vectors(width, [&](int64_t i, auto lanes, int slot) {
+      const Vec d = zero_beyond(load(sum + i) - estimate, lanes);
+      deviations[slot] += d;
+      squares[slot] += d * d;
+    });
+    const float correction = total_of(deviations) * inverse_width;
+    const float variance =
+        std::max(total_of(squares) * inverse_width - correction * correction, 0.0f);
+    const float rstd = 1.0f / std::sqrt(variance + p.eps);
+
     T* output = static_cast<T*>(p.output) + r * width;
-    float total = 0.0f;
-    for (int64_t i = 0; i < width; ++i) {
-      row[i] = to_float(x[i]) + (residual ? to_float(residual[i]) : 0.0f);
-      total += row[i];
-    }
-    const float mean = total / width;
-    float squares = 0.0f;
-    for (int64_t i = 0; i < width; ++i) squares += (row[i] - mean) * (row[i] - mean);
-    const float rstd = 1.0f / std::sqrt(squares / width + p.eps);
-    for (int64_t i = 0; i < width; ++i) {
-      const float y = (row[i] - mean) * rstd;
-      output[i] = from_float<T>(y * (p.weight ? p.weight[i] : 1.0f) + (p.bias ? p.bias[i] : 0.0f));
-      if (p.sum) static_cast<T*>(p.sum)[r * width + i] = from_float<T>(row[i]);
-    }
-    p.mean[r] = mean;
+    for_vectors(width, [&](int64_t i, auto lanes, int) {
+      const Vec normalised = ((load(sum + i) - estimate) - correction) * rstd;
+      store_lanes(output + i,
+                  normalised * load_lanes(p.weight + i, lanes) + load_lanes(p.bias + i, lanes),
+                  lanes);
+    });
+    p.mean[r] = estimate + correction;
     p.rstd[r] = rstd;
   }
+}
+
+template <typename T>
+static void add_layer_norm_forward_typed(const AddLayerNormForward& p, int64_t begin, int64_t end) {
+  const bool dropout = p.keep_threshold != 0;
+  if (p.residual.data && dropout) return add_layer_norm_forward_rows<T, true, true>(p, begin, end);
+  if (p.residual.data) return add_layer_norm_forward_rows<T, true, false>(p, begin, end);
+  if (dropout) return add_layer_norm_forward_rows<T, false, true>(p, begin, end);
+  return add_layer_norm_forward_rows<T, false, false>(p, begin, end);
 }
 
 void add_layer_norm_forward(const AddLayerNormForward& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
     case DType::kFloat32:
-      return add_layer_norm_forward_rows<float>(p, begin, end);
+      return add_layer_norm_forward_typed<float>(p, begin, end);
     case DType::kFloat16:
-      return add_layer_norm_forward_rows<Half>(p, begin, end);
+      return add_layer_norm_forward_typed<Half>(p, begin, end);
     case DType::kBFloat16:
-      return add_layer_norm_forward_rows<BFloat16>(p, begin, end);
+      return add_layer_norm_forward_typed<BFloat16>(p, begin, end);
   }
+}
+
+// --- backward -------------------------------------------------------------------------------
+
+// Rows that share one read and write of the partial gradients of weight and bias.
+constexpr int kGroup = 4;
+
+// What the second pass needs to know of a row. With y = normalised sum and g = grad_output *
+// weight: grad_sum_total = rstd * (g - mean(g) - y * mean(g * y)) + grad_sum.
+template <typename T>
+struct BackwardRow {
+  const T* grad_output;
+  const T* grad_sum;
+  const float* normalised;
+  const uint32_t* keep;
+  T* grad_x;
+  T* grad_residual;
+  float rstd;
+  float mean_gradient;  // mean(g)
+  float slope;          // mean(g * y)
+};
+
+template <typename T, bool kHasDropout>
+static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, int64_t r,
+                                          float* normalised, uint32_t* random) {
+  const int64_t width = p.width;
+  const T* x = row_of<T>(p.x, r);
+  const T* residual = p.residual.data ? row_of<T>(p.residual, r) : nullptr;
+  const bool recompute_drop = kHasDropout && !p.x_is_sum;
+  const Vec scale = broadcast(p.keep_scale);
+  const Vec mean = broadcast(p.mean[r]);
+  const Vec rstd = broadcast(p.rstd[r]);
+
+  BackwardRow<T> row;
+  row.grad_output = row_of<T>(p.grad_output, r);
+  row.grad_sum = p.grad_sum.data ? row_of<T>(p.grad_sum, r) : nullptr;
+  row.normalised = normalised;
+  row.keep = nullptr;
+  if constexpr (kHasDropout)
+    row.keep = dropout_keep(p.seed, p.keep_threshold, r * width, width, random);
+  row.grad_x = static_cast<T*>(p.grad_x) + r * width;
+  row.grad_residual = p.grad_residual ? static_cast<T*>(p.grad_residual) + r * width : nullptr;
+
+  Vec sums[kSlots] = {};
+  Vec products[kSlots] = {};
+  for_vectors(width, [&](int64_t i, auto lanes, int slot) {
+    Vec s = load_lanes(x + i, lanes);
+    if (recompute_drop) s = drop<kHasDropout>(s, row.keep, i, scale);
+    if (residual) s += load_lanes(residual + i, lanes);
+    const Vec y = (s - mean) * rstd;
+    store(normalised + i, y);
+    // Lanes beyond the row have g = 0.
+    const Vec g = load_lanes(row.grad_output + i, lanes) * load_lanes(p.weight + i, lanes);
+    sums[slot] += g;
+    products[slot] += g * y;
+  });
+  row.rstd = p.rstd[r];
+  row.mean_gradient = total_of(sums) / static_cast<float>(width);
+  row.slope = total_of(products) / static_cast<float>(width);
+  return row;
+}
+
+template <typename T, bool kHasDropout, bool kHasParameters, int kRows>
+static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<T>* rows,
+                               float* partial_weight, float* partial_bias) {
+  const Vec scale = broadcast(p.keep_scale);
+  for_vectors(p.width, [&](int64_t i, auto lanes, int) {
+    const Vec weight = load_lanes(p.weight + i, lanes);
+    Vec grad_weight = {};
+    Vec grad_bias = {};
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) {
+      const BackwardRow<T>& row = rows[k];
+      const Vec grad_output = load_lanes(row.grad_output + i, lanes);
+      const Vec y = load(row.normalised + i);
+      grad_weight += grad_output * y;
+      grad_bias += grad_output;
+      Vec grad = (grad_output * weight - row.mean_gradient - y * row.slope) * row.rstd;
+      if (row.grad_sum) grad += load_lanes(row.grad_sum + i, lanes);
+      if (row.grad_residual) store_lanes(row.grad_residual + i, grad, lanes);
+      store_lanes(row.grad_x + i, drop<kHasDropout>(grad, row.keep, i, scale), lanes);
+    }
+    if constexpr (kHasParameters) {
+      store_lanes(partial_weight + i, load_lanes(partial_weight + i, lanes) + grad_weight, lanes);
+      store_lanes(partial_bias + i, load_lanes(partial_bias + i, lanes) + grad_bias, lanes);
+    }
+  });
+}
+
+template <typename T, bool kHasDropout, bool kHasParameters>
+static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_t begin,
+                                           int64_t end) {
+  const int64_t width = p.width;
+  const int64_t row_room = padded(width);
+  const int64_t random_room = kHasDropout ? dropout_keep_capacity(width) : 0;
+  Scratch<float> normalised(kGroup * row_room);
+  Scratch<uint32_t> random(kGroup * random_room);
+
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    float* partial_weight = kHasParameters ? p.partial_weight + chunk * width : nullptr;
+    float* partial_bias = kHasParameters ? p.partial_bias + chunk * width : nullptr;
+    if constexpr (kHasParameters) {
+      std::fill_n(partial_weight, width, 0.0f);
+      std::fill_n(partial_bias, width, 0.0f);
+    }
+    const int64_t last = std::min(p.rows, (chunk + 1) * p.chunk_rows);
+    for (int64_t r = chunk * p.chunk_rows; r < last; r += kGroup) {
+      const int count = static_cast<int>(std::min<int64_t>(kGroup, last - r));
+      BackwardRow<T> rows[kGroup];
+      for (int k = 0; k < count; ++k)
+        rows[k] = backward_statistics<T, kHasDropout>(p, r + k, normalised.data() + k * row_room,
+                                                      random.data() + k * random_room);
+      if (count == kGroup) {
+        backward_gradients<T, kHasDropout, kHasParameters, kGroup>(p, rows, partial_weight,
+                                                                   partial_bias);
+      } else {
+        for (int k = 0; k < count; ++k)
+          backward_gradients<T, kHasDropout, kHasParameters, 1>(p, rows + k, partial_weight,
+                                                                partial_bias);
+      }
+    }
+  }
+}
+
+template <typename T>
+static void add_layer_norm_backward_typed(const AddLayerNormBackward& p, int64_t begin,
+                                          int64_t end) {
+  const bool parameters = p.partial_weight != nullptr;
+  if (p.keep_threshold != 0)
+    return parameters ? add_layer_norm_backward_chunks<T, true, true>(p, begin, end)
+                      : add_layer_norm_backward_chunks<T, true, false>(p, begin, end);
+  return parameters ? add_layer_norm_backward_chunks<T, false, true>(p, begin, end)
+                    : add_layer_norm_backward_chunks<T, false, false>(p, begin, end);
+}
+
+void add_layer_norm_backward(const AddLayerNormBackward& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return add_layer_norm_backward_typed<float>(p, begin, end);
+    case DType::kFloat16:
+      return add_layer_norm_backward_typed<Half>(p, begin, end);
+    case DType::kBFloat16:
+      return add_layer_norm_backward_typed<BFloat16>(p, begin, end);
+  }
+}
+
+void add_layer_norm_reduce(const float* partial, int64_t chunks, int64_t width, float* total,
+                           int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) total[i] = 0.0f;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t i = begin; i < end; ++i) total[i] += partial[chunk * width + i];
 }
 
 }  // namespace FUSED_ATTN_ISA

@@ -35,7 +35,9 @@ def add_layer_norm(
 
     Post-norm layers use ``out``; pre-norm layers ask for the sum as well and carry it on.
     Statistics over the last dimension, in fp32, with the biased variance as in
-    ``torch.nn.LayerNorm``. Deterministic.
+    ``torch.nn.LayerNorm``. A sum that is returned is rounded to the dtype of ``x`` before it is
+    normalised, so that ``out`` belongs to it; else it stays in fp32. A dropped element counts as
+    0 whatever it held. Deterministic, the gradients too, for any number of threads.
 
     Args:
         x: ``[..., E]``, fp32, fp16 or bf16 (fp64: reference only), any strides.
@@ -72,7 +74,14 @@ def add_layer_norm(
     )
     if name == "reference":
         output, total = add_layer_norm_reference(
-            x, residual, weight, bias, eps=eps, dropout_p=dropout_p, seed=seed
+            x,
+            residual,
+            weight,
+            bias,
+            eps=eps,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_sum=return_sum,
         )
     else:
         output, total = add_layer_norm_fused(
@@ -92,8 +101,8 @@ def _check(
 ) -> None:
     check_tensor(_OP, "x", x)
     check_floating(_OP, "x", x)
-    if x.dim() == 0:
-        raise ValueError(f"{_OP}: x must have shape [..., E], got {list(x.shape)}")
+    if x.dim() == 0 or x.size(-1) == 0:
+        raise ValueError(f"{_OP}: x must have shape [..., E] with E >= 1, got {list(x.shape)}")
     E = x.size(-1)
     if residual is not None:
         check_tensor(_OP, "residual", residual)

@@ -1,7 +1,13 @@
 """Schemas, fakes and autograd of ``add_layer_norm``, shared by the fused backends.
 
-Residuals of every forward: ``sum`` in the dtype of ``x``, ``mean`` and ``rstd`` ``[rows]`` fp32.
-An output that was not asked for is an empty tensor, so that the arity is fixed.
+Residuals of every forward: ``mean`` and ``rstd``, ``[rows]`` fp32, and what the sum is made from.
+When the caller asked for the sum, that is the sum itself (``x_is_sum``): it is kept alive anyway.
+Else it is ``x`` and ``residual``, from which a backward makes the sum again in fp32: no more bytes
+are moved than by writing and reading a sum, and nothing is rounded in between.
+
+An output that was not asked for is an empty tensor, so that the arity is fixed. Without dropout
+the gradients of ``x`` and ``residual`` are one tensor. Gradients of ``weight`` and ``bias`` leave
+the backends in fp32.
 """
 
 from __future__ import annotations
@@ -20,8 +26,9 @@ _LIBRARY.define(
     "-> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)"
 )
 _LIBRARY.define(
-    "add_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor sum, Tensor mean, "
-    "Tensor rstd, Tensor? weight, Tensor? bias, Tensor? seed, float dropout_p, str backend) "
+    "add_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor? residual, "
+    "Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float dropout_p, bool x_is_sum, "
+    "bool need_grad_residual, bool need_grad_parameters, str backend) "
     "-> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)"
 )
 
@@ -47,17 +54,31 @@ def _forward(
 def _backward(
     grad_output: Tensor,
     grad_sum: Tensor | None,
-    sum: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    x_is_sum: bool,
+    need_grad_residual: bool,
+    need_grad_parameters: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _backend(backend).backward(
-        grad_output, grad_sum, sum, mean, rstd, weight, bias, seed, dropout_p
+        grad_output,
+        grad_sum,
+        x,
+        residual,
+        mean,
+        rstd,
+        weight,
+        seed,
+        dropout_p,
+        x_is_sum,
+        need_grad_residual,
+        need_grad_parameters,
     )
 
 
@@ -90,50 +111,69 @@ def _forward_fake(
 def _backward_fake(
     grad_output: Tensor,
     grad_sum: Tensor | None,
-    sum: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    x_is_sum: bool,
+    need_grad_residual: bool,
+    need_grad_parameters: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parameters = (x.shape[-1] if need_grad_parameters else 0,)
     return (
-        sum.new_empty(sum.shape),
-        sum.new_empty(sum.shape if dropout_p > 0.0 else (0,)),
-        sum.new_empty((0,)) if weight is None else weight.new_empty(weight.shape),
-        sum.new_empty((0,)) if bias is None else bias.new_empty(bias.shape),
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if need_grad_residual and dropout_p > 0.0 else (0,)),
+        x.new_empty(parameters, dtype=torch.float32),
+        x.new_empty(parameters, dtype=torch.float32),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, residual, weight, bias, seed, _, dropout_p, _, backend = inputs
+    x, residual, weight, bias, seed, _, dropout_p, need_sum, backend = inputs
     _, total, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(total, mean, rstd, weight, bias, seed)
-    ctx.has_residual = residual is not None
+    saved = (total, None) if need_sum else (x, residual)
+    ctx.save_for_backward(*saved, mean, rstd, weight, seed)
+    ctx.x_is_sum = need_sum
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.dropout_p = dropout_p
     ctx.backend = backend
 
 
 def _autograd(
     ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, *_: Tensor | None
-) -> tuple:
-    total, mean, rstd, weight, bias, seed = ctx.saved_tensors
+) -> tuple[Tensor | None, ...]:
+    x, residual, mean, rstd, weight, seed = ctx.saved_tensors
+    _, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
     if grad_output is None:
-        grad_output = torch.zeros_like(total)
+        grad_output = torch.zeros_like(x)
     grad_x, grad_residual, grad_weight, grad_bias = torch.ops.fused_attn.add_layer_norm_backward(
-        grad_output, grad_sum, total, mean, rstd, weight, bias, seed, ctx.dropout_p, ctx.backend
+        grad_output,
+        grad_sum if ctx.x_is_sum else None,
+        x,
+        residual,
+        mean,
+        rstd,
+        weight,
+        seed,
+        ctx.dropout_p,
+        ctx.x_is_sum,
+        need_residual,
+        need_weight or need_bias,
+        ctx.backend,
     )
     if ctx.dropout_p == 0.0:
         grad_residual = grad_x
     return (
         grad_x,
-        grad_residual if ctx.has_residual else None,
-        grad_weight if weight is not None else None,
-        grad_bias if bias is not None else None,
+        grad_residual if need_residual else None,
+        grad_weight.to(weight.dtype) if need_weight else None,
+        grad_bias.to(ctx.bias_dtype) if need_bias else None,
         None,
         None,
         None,
@@ -142,8 +182,17 @@ def _autograd(
     )
 
 
+def _no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
+    raise NotImplementedError(
+        "add_layer_norm: the fused backends have no second derivative; use backend='reference'"
+    )
+
+
 torch.library.register_autograd(
     "fused_attn::add_layer_norm_forward", _autograd, setup_context=_setup_context, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "fused_attn::add_layer_norm_backward", _no_second_derivative, lib=_LIBRARY
 )
 
 
@@ -158,13 +207,8 @@ def add_layer_norm_fused(
     return_sum: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output and sum by a fused backend; the sum is empty when neither caller nor autograd
-    needs it."""
-    need_sum = return_sum or (
-        torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
-    )
+    """Output and sum by a fused backend; the sum is empty unless it was asked for."""
     output, total, _, _ = torch.ops.fused_attn.add_layer_norm_forward(
-        x, residual, weight, bias, seed, eps, dropout_p, need_sum, backend
+        x, residual, weight, bias, seed, eps, dropout_p, return_sum, backend
     )
     return output, total

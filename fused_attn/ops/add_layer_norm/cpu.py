@@ -35,15 +35,29 @@ def forward(
 def backward(
     grad_output: Tensor,
     grad_sum: Tensor | None,
-    sum: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    x_is_sum: bool,
+    need_grad_residual: bool,
+    need_grad_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, residual, weight and bias."""
     return torch.ops.fused_attn_C.add_layer_norm_backward(
-        grad_output, grad_sum, sum, mean, rstd, weight, bias, seed, dropout_p
+        grad_output,
+        grad_sum,
+        x,
+        residual,
+        mean,
+        rstd,
+        weight,
+        seed,
+        dropout_p,
+        x_is_sum,
+        need_grad_residual,
+        need_grad_parameters,
     )

@@ -17,18 +17,22 @@ def add_layer_norm_reference(
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
+    return_sum: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and sum, both of the shape and dtype of ``x``; see the public function.
 
-    Computes in fp32 (fp64 for fp64 inputs) and rounds once at each output.
+    Computes in fp32 (fp64 for fp64 inputs) and rounds at each output. A sum that is returned is
+    rounded before it is normalised, so that output and sum agree; else it is never rounded.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = x.to(compute)
     if dropout_p > 0.0:
         assert seed is not None  # the public function draws one
-        total = total * keep_mask(seed, x.shape, dropout_p) / (1.0 - dropout_p)
+        total = torch.where(keep_mask(seed, x.shape, dropout_p), total / (1.0 - dropout_p), 0.0)
     if residual is not None:
         total = total + residual.to(compute)
+    if return_sum:
+        total = total.to(x.dtype).to(compute)
     mean = total.mean(dim=-1, keepdim=True)
     centred = total - mean
     variance = (centred * centred).mean(dim=-1, keepdim=True)
