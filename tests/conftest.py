@@ -1,0 +1,20 @@
+"""Triton kernels run in Triton's interpreter where there is no GPU.
+
+The variable must be set before anything imports triton, since kernels are decorated then; it is
+never set on a machine with a GPU. Child processes inherit it: a test that starts one which must
+see the machine as a user does removes it (`tests.triton_tools.ahead_of_time` does).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+    from tests.triton_tools import interpreter
+
+    interpreter.repair()
