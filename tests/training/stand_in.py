@@ -20,19 +20,17 @@ class StandIn(nn.Module):
         self.output = nn.Linear(width, vocabulary, bias=False)
         self.output.weight = self.target_embedding.weight
 
-    def decode(
-        self,
-        source: Tensor,
-        target: Tensor,
-        source_lengths: Tensor | None = None,
-        target_lengths: Tensor | None = None,
-    ) -> Tensor:
+    def encode(self, source: Tensor, source_lengths: Tensor) -> Tensor:
         taken = torch.arange(source.shape[1]) < source_lengths[:, None]
         summed = (self.source_embedding(source) * taken[..., None]).sum(1)
+        return (summed / source_lengths[:, None])[:, None]
+
+    def decode(
+        self, target: Tensor, memory: Tensor, memory_lengths: Tensor, target_lengths: Tensor
+    ) -> Tensor:
         embedded = self.target_embedding(target)
         count = torch.arange(1, target.shape[1] + 1)[:, None]
-        hidden = embedded + embedded.cumsum(1) / count
-        return self.layers(hidden + (summed / source_lengths[:, None])[:, None])
+        return self.layers(embedded + embedded.cumsum(1) / count + memory)
 
     def project(self, hidden: Tensor) -> Tensor:
         return self.output(hidden)
