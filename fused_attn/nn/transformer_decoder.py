@@ -1,0 +1,258 @@
+"""The Transformer's decoder layer and the stack of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._residual import Sublayer, active_p, connect
+from ._stack import activation_function, clear_padding, detect_causal
+from .layer_norm import AddLayerNorm
+from .multihead_attention import MultiheadAttention
+
+
+class TransformerDecoderLayer(nn.Module):
+    """``torch.nn.TransformerDecoderLayer`` on the fused kernels: same constructor and parameters.
+
+    Args:
+        d_model: E, a multiple of ``nhead``.
+        nhead: Attention heads.
+        dim_feedforward: Width of the feed-forward network's hidden layer.
+        dropout: Probability of dropout in training: of attention weights, of the hidden layer
+            and of each branch before it is added.
+        activation: ``"relu"``, ``"gelu"`` or a function.
+        layer_norm_eps: Added to the variance.
+        batch_first: Sequences are ``[B, T, E]``, and not ``[T, B, E]``.
+        norm_first: Normalise the input of each branch instead of the sum after it.
+        bias: Learn a bias in projections and normalisations.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: A number is out of range, or no activation has that name.
+
+    Reference: Vaswani et al., 2017. https://arxiv.org/abs/1706.03762
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        # In torch.nn's order: parameters are drawn in it and listed in it.
+        self.self_attn = MultiheadAttention(
+            d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=dtype
+        )
+        self.multihead_attn = MultiheadAttention(
+            d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=dtype
+        )
+        self.linear1 = nn.Linear(d_model, dim_feedforward, bias, device, dtype)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, bias, device, dtype)
+        self.norm_first = norm_first
+        self.norm1 = AddLayerNorm(d_model, layer_norm_eps, True, bias, device, dtype)
+        self.norm2 = AddLayerNorm(d_model, layer_norm_eps, True, bias, device, dtype)
+        self.norm3 = AddLayerNorm(d_model, layer_norm_eps, True, bias, device, dtype)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.dropout3 = nn.Dropout(dropout)
+        self.activation = activation_function("TransformerDecoderLayer", activation)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+        *,
+        tgt_lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Decode one layer further.
+
+        Args:
+            tgt: ``[B, T, E]`` with ``batch_first``, else ``[T, B, E]``; unbatched ``[T, E]``.
+            memory: ``[B, S, E]``, ``[S, B, E]`` or ``[S, E]``, from the encoder.
+            tgt_mask: ``[T, T]`` or ``[B * H, T, T]``; True is ignored, a float is added to the
+                logits.
+            memory_mask: ``[T, S]`` or ``[B * H, T, S]``, likewise.
+            tgt_key_padding_mask: ``[B, T]``; True is ignored, a float is added to the logits.
+            memory_key_padding_mask: ``[B, S]``, likewise.
+            tgt_is_causal: See ``MultiheadAttention.forward``; needs no ``tgt_mask``.
+            memory_is_causal: Likewise, of ``memory_mask``.
+            tgt_lengths: ``[B]``: attention skips what lies behind. The output there is finite
+                for finite input, and otherwise unspecified.
+            memory_lengths: ``[B]``: attention skips what lies behind.
+
+        Returns:
+            Shape of ``tgt``.
+
+        Raises:
+            TypeError: A mask is neither bool nor floating point.
+            ValueError: Shapes disagree.
+        """
+
+        def self_attention(x: Tensor) -> Tensor:
+            return self.self_attn(
+                x,
+                x,
+                x,
+                attn_mask=tgt_mask,
+                key_padding_mask=tgt_key_padding_mask,
+                need_weights=False,
+                is_causal=tgt_is_causal,
+                query_lengths=tgt_lengths,
+                key_lengths=tgt_lengths,
+            )[0]
+
+        def cross_attention(x: Tensor) -> Tensor:
+            return self.multihead_attn(
+                x,
+                memory,
+                memory,
+                attn_mask=memory_mask,
+                key_padding_mask=memory_key_padding_mask,
+                need_weights=False,
+                is_causal=memory_is_causal,
+                query_lengths=tgt_lengths,
+                key_lengths=memory_lengths,
+            )[0]
+
+        return self.connect(tgt, self_attention, cross_attention)
+
+    def connect(
+        self,
+        x: Tensor,
+        self_attention: Callable[[Tensor], Tensor],
+        cross_attention: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The layer around two given attentions: residuals, dropout, norms and feed-forward.
+
+        ``forward`` is this with the layer's own attentions over whole sequences. A step of
+        incremental decoding gives functions that read a cache and call ``project`` and
+        ``attend`` of ``self_attn`` and ``multihead_attn``:
+
+            def self_attention(hidden):  # [B, 1, E], normalised where norm_first holds
+                q, k, v = layer.self_attn.project(hidden, hidden, hidden)
+                keys, values = cache.append(k, v)
+                return layer.self_attn.attend(q, keys, values)
+
+        Args:
+            x: ``[..., E]``.
+            self_attention: From the first branch's input to its output, ``[..., E]`` both,
+                output projection included and dropout of the branch not.
+            cross_attention: Likewise, of the second branch.
+
+        Returns:
+            Shape of ``x``.
+        """
+        return connect(
+            x,
+            (
+                Sublayer(self_attention, self.norm1, self.dropout1),
+                Sublayer(cross_attention, self.norm2, self.dropout2),
+                Sublayer(self.feed_forward, self.norm3, self.dropout3),
+            ),
+            self.norm_first,
+        )
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The feed-forward network alone: ``[..., E]`` to ``[..., E]``."""
+        hidden = self.activation(self.linear1(x))
+        return self.linear2(F.dropout(hidden, active_p(self.dropout)))
+
+
+class TransformerDecoder(nn.Module):
+    """``torch.nn.TransformerDecoder``: a stack of copies of a layer.
+
+    Args:
+        decoder_layer: Copied ``num_layers`` times, with its parameters.
+        num_layers: How many.
+        norm: Applied to the last layer's output. Default: none.
+    """
+
+    def __init__(
+        self, decoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([copy.deepcopy(decoder_layer) for _ in range(num_layers)])
+        self.num_layers = num_layers
+        self.norm = norm
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+        *,
+        tgt_lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Decode.
+
+        Args:
+            tgt: ``[B, T, E]`` with ``batch_first``, else ``[T, B, E]``; unbatched ``[T, E]``.
+            memory: ``[B, S, E]``, ``[S, B, E]`` or ``[S, E]``, from the encoder.
+            tgt_mask: ``[T, T]`` or ``[B * H, T, T]``; True is ignored, a float is added to the
+                logits.
+            memory_mask: ``[T, S]`` or ``[B * H, T, S]``, likewise.
+            tgt_key_padding_mask: ``[B, T]``; True is ignored, a float is added to the logits.
+            memory_key_padding_mask: ``[B, S]``, likewise.
+            tgt_is_causal: Whether ``tgt_mask`` is the causal one. Default: find out. True needs
+                no ``tgt_mask``.
+            memory_is_causal: Likewise, of ``memory_mask``.
+            tgt_lengths: ``[B]``: attention skips what lies behind, and NaN there reaches neither
+                the output in front of it nor any gradient. The output behind is unspecified.
+            memory_lengths: ``[B]``: attention skips what lies behind, and NaN there reaches
+                neither output nor gradient.
+
+        Returns:
+            Shape of ``tgt``.
+
+        Raises:
+            TypeError: A mask is neither bool nor floating point.
+            ValueError: Shapes disagree.
+        """
+        tgt_is_causal = detect_causal(tgt_mask, tgt_is_causal)
+        # A layer of another make need not know lengths.
+        lengths: dict[str, Tensor | None] = {}
+        if tgt_lengths is not None or memory_lengths is not None:
+            lengths = {"tgt_lengths": tgt_lengths, "memory_lengths": memory_lengths}
+        x = clear_padding(tgt, tgt_lengths, self.layers)
+        memory = clear_padding(memory, memory_lengths, self.layers)
+        for layer in self.layers:
+            x = layer(
+                x,
+                memory,
+                tgt_mask=tgt_mask,
+                memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=tgt_is_causal,
+                memory_is_causal=memory_is_causal,
+                **lengths,
+            )
+        return x if self.norm is None else self.norm(x)
