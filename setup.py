@@ -131,7 +131,7 @@ def extensions() -> tuple[list, dict]:
     # OpenMP runtime is the one that torch has loaded, since a second one would compete with it.
     flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-    flags += ["-Wno-unknown-pragmas"]
+    flags += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # the latter: GCC bug 105593
     cuda_sources = sorted(str(p.relative_to(ROOT)) for p in CSRC.glob("**/*.cu"))
     build = CUDAExtension if cuda and cuda_sources else CppExtension
     if build is CUDAExtension:

@@ -18,10 +18,15 @@ std::string cpu_isa_name() {
   }
 }
 
+std::vector<std::string> compiled_instruction_sets() {
+  return {"baseline", FUSED_ATTN_IF_AVX2("avx2", ) FUSED_ATTN_IF_AVX512("avx512")};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(fused_attn_C, m) {
   m.def("cpu_isa() -> str", &cpu_isa_name);
+  m.def("compiled_instruction_sets() -> str[]", &compiled_instruction_sets);
   m.def(
       "add_layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor? seed, float eps, float dropout_p, bool need_sum) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -41,6 +41,14 @@ def cpu_instruction_set() -> str:
     return torch.ops.fused_attn_C.cpu_isa()
 
 
+def compiled_instruction_sets() -> list[str]:
+    """Names of the instruction sets that the CPU kernels were compiled for.
+
+    Call it only after :func:`load` has returned None.
+    """
+    return torch.ops.fused_attn_C.compiled_instruction_sets()
+
+
 def cuda_unavailable_reason() -> str:
     """Why the compiled library has no CUDA kernels; empty when it has them.
 
