@@ -102,6 +102,19 @@ def append_visible_keys(
     return Visibility(mask, bias, visibility.query_lengths)
 
 
+def padded_keys(S: int, key_padding_mask: Tensor | None, key_lengths: Tensor | None) -> Tensor:
+    """``[B, S]`` bool, True where a key is hidden from every query by either; one must be given."""
+    hidden = None if key_lengths is None else ~length_mask(key_lengths, S)
+    if key_padding_mask is not None:
+        padding = key_padding_mask
+        if padding.dtype != torch.bool:
+            padding = padding == -math.inf
+        hidden = padding if hidden is None else hidden | padding
+    if hidden is None:
+        raise ValueError("padded_keys: key_padding_mask or key_lengths must be given, got neither")
+    return hidden
+
+
 def length_mask(lengths: Tensor, size: int) -> Tensor:
     """``[B, size]`` bool, True in front of each length."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]

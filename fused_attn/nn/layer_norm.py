@@ -56,8 +56,8 @@ class AddLayerNorm(nn.LayerNorm):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Add and normalise.
 
-        Under autocast the sum and the result are fp32, as ``torch``'s are; without it, where
-        ``x`` and ``residual`` have different dtypes, they have the wider one.
+        Where ``x`` and ``residual`` have different dtypes, as under autocast, the sum and the
+        result have the wider one; under a GPU's autocast they are fp32, as in ``torch``.
 
         Args:
             x: ``[..., *normalized_shape]``, the branch.
@@ -97,8 +97,9 @@ def _normalise(
             f"{name}: residual must have the shape of x, {list(shape)}, got {list(residual.shape)}"
         )
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.float32
+    # On GPUs torch's autocast runs layer_norm in fp32; on the CPU only its promotion is seen.
+    if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.promote_types(dtype, torch.float32)
     x = x.to(dtype)
     residual = None if residual is None else residual.to(dtype)
     if len(inner) > 1:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fused_attn.ops import attention
 
-from ._masks import Visibility, append_visible_keys, convert_masks
+from ._masks import Visibility, append_visible_keys, convert_masks, padded_keys
 from ._weights import attention_weights
 
 _NAME = "MultiheadAttention"
@@ -147,9 +147,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_lengths,
             is_causal,
         )
-        if self.bias_k is not None or self.add_zero_attn:
+        extra = (self.bias_k is not None) + self.add_zero_attn
+        if extra > 0:
+            visibility = append_visible_keys(visibility, T, S, extra, q.device)
+        if visibility.mask is not None and visibility.mask.size(-2) > 1:
+            merged_lengths = key_lengths if extra > 0 else None
+            k, v = _clear_padded_keys(k, v, key_padding_mask, merged_lengths)
+        if extra > 0:
             k, v = self._append_keys(k, v)
-            visibility = append_visible_keys(visibility, T, S, k.size(2) - S, q.device)
         output, lse = self._attend(q, k, v, visibility)
         if not is_batched:
             output = output.squeeze(batch)
@@ -269,7 +274,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
         merged = context.permute(order).flatten(2)
-        return F.linear(merged, self.out_proj.weight, self.out_proj.bias), lse
+        return self.out_proj(merged), lse
 
     def _split(self, packed: Tensor, count: int) -> tuple[Tensor, ...]:
         """``[B, T, count * E]`` in the module's layout into ``count`` views ``[B, H, T, D]``."""
@@ -328,3 +333,17 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"{key.size(batch)}"
             )
         return is_batched
+
+
+def _clear_padded_keys(
+    k: Tensor, v: Tensor, key_padding_mask: Tensor | None, key_lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Zero keys and values that are padding.
+
+    The op keeps a NaN out of the result where a mask hides it from all queries alike, and cannot
+    see that in a mask that padding was merged into.
+    """
+    if key_padding_mask is None and key_lengths is None:
+        return k, v
+    hidden = padded_keys(k.size(2), key_padding_mask, key_lengths)[:, None, :, None]
+    return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
