@@ -41,7 +41,8 @@ def convert_masks(
         key_padding_mask: ``[B, S]``, bool or floating point.
         query_lengths: ``[B]``, as the op takes them.
         key_lengths: ``[B]``, as the op takes them.
-        is_causal: Applied in place of ``attn_mask``, which it describes where both are given.
+        is_causal: Applied in place of ``attn_mask``, which it describes where both are given;
+            beside it where the mask requires a gradient.
 
     Raises:
         TypeError: A mask is neither bool nor floating point.
@@ -57,7 +58,8 @@ def convert_masks(
                 f"{name}: attn_mask must have shape [T, S] = {[T, S]} or [B * H, T, S] = "
                 f"{[B * H, T, S]}, got {list(attn_mask.shape)}"
             )
-        if not is_causal:
+        # A learned mask gets its gradient even where it happens to be causal.
+        if not is_causal or attn_mask.requires_grad:
             pairs = attn_mask if attn_mask.dim() == 2 else attn_mask.view(B, H, T, S)
             if pairs.dtype == torch.bool:
                 mask = ~pairs

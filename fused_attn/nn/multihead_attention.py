@@ -108,7 +108,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 logits.
             average_attn_weights: Average the weights over the heads.
             is_causal: Query t attends to keys 0..t. Where ``attn_mask`` is given it must be that
-                mask, and is not read; it need not be given.
+                mask, and is not read unless it requires a gradient; it need not be given.
             query_lengths: ``[B]`` int32 or int64: queries at and behind their length attend to
                 nothing, and cost nothing.
             key_lengths: ``[B]`` int32 or int64: keys at and behind their length are ignored, and

@@ -295,7 +295,7 @@ def test_autocast_computes_as_torchs(need_weights: bool) -> None:
             return attend(module, arguments)
 
     actual = check_twins(theirs, ours, inputs, call)
-    assert actual["output_0"].dtype == torch.bfloat16
+    assert actual[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,34 +45,46 @@ def share_parameters(theirs: nn.Module, ours: nn.Module) -> None:
 Call = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, ...]]
 
 
-def run(module: nn.Module, inputs: Mapping[str, Any], call: Call) -> dict[str, Tensor]:
-    """Outputs, and gradients of floating-point inputs and parameters where grad is enabled."""
+class Result(NamedTuple):
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor]
+    """Of floating-point inputs and of parameters; empty where grad is disabled."""
+
+
+def run(module: nn.Module, inputs: Mapping[str, Any], call: Call) -> Result:
     leaves = {
         name: value.detach().clone().requires_grad_(torch.is_grad_enabled())
         for name, value in inputs.items()
         if isinstance(value, Tensor) and value.is_floating_point()
     }
     outputs = call(module, {**inputs, **leaves})
-    result = {f"output_{i}": output.detach() for i, output in enumerate(outputs)}
+    detached = tuple(output.detach() for output in outputs)
     if not torch.is_grad_enabled():
-        return result
+        return Result(detached, {})
     generator = torch.Generator().manual_seed(2)
     cotangents = [
         torch.randn(output.shape, generator=generator).bfloat16().to(output.dtype)
         for output in outputs
     ]
-    parameters = dict(module.named_parameters())
-    wanted = {**leaves, **parameters}
-    gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
-    for (name, tensor), gradient in zip(wanted.items(), gradients, strict=True):
-        result[f"grad_{name}"] = torch.zeros_like(tensor) if gradient is None else gradient
-    return result
+    wanted = {**leaves, **dict(module.named_parameters())}
+    gradients = torch.autograd.grad(
+        outputs,
+        list(wanted.values()),
+        cotangents,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return Result(detached, dict(zip(wanted, gradients, strict=True)))
 
 
 def check_twins(
     theirs: nn.Module, ours: nn.Module, inputs: Mapping[str, Any], call: Call
-) -> dict[str, Tensor]:
-    """Compare outputs and every gradient; what ours gave is returned."""
+) -> tuple[Tensor, ...]:
+    """Compare outputs and every gradient; our outputs are returned.
+
+    All gradients are judged together, each divided by its own size: the error of one small
+    tensor in one run is a matter of luck, that of all of them is not.
+    """
     wide_inputs = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
@@ -80,11 +92,32 @@ def check_twins(
     oracle = run(copy.deepcopy(theirs).double(), wide_inputs, call)
     peer = run(theirs, inputs, call)
     actual = run(ours, inputs, call)
-    assert actual.keys() == oracle.keys()
-    failures = [
-        str(comparison)
-        for name in actual
-        if not (comparison := compare(name, actual[name], oracle[name], peer[name])).passed
+    assert actual.gradients.keys() == oracle.gradients.keys()
+    comparisons = [
+        compare(f"output_{i}", *tensors)
+        for i, tensors in enumerate(zip(actual.outputs, oracle.outputs, peer.outputs, strict=True))
     ]
+    if oracle.gradients:
+        sizes = _sizes(oracle.gradients)
+        comparisons.append(
+            compare(
+                "gradients",
+                _flat(actual.gradients, sizes),
+                _flat(oracle.gradients, sizes),
+                _flat(peer.gradients, sizes),
+            )
+        )
+    failures = [str(comparison) for comparison in comparisons if not comparison.passed]
     assert not failures, "\n".join(failures)
-    return actual
+    return actual.outputs
+
+
+def _sizes(gradients: dict[str, Tensor]) -> dict[str, float]:
+    """Root mean square of each; where one is nothing but rounding, a thousandth of the largest."""
+    sizes = {name: g.double().square().mean().sqrt().item() for name, g in gradients.items()}
+    floor = 1e-3 * max(sizes.values())
+    return {name: max(size, floor) for name, size in sizes.items()}
+
+
+def _flat(gradients: dict[str, Tensor], sizes: dict[str, float]) -> Tensor:
+    return torch.cat([gradient.flatten() / sizes[name] for name, gradient in gradients.items()])
