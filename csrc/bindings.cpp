@@ -34,4 +34,7 @@ TORCH_LIBRARY(fused_attn_C, m) {
       "add_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor? residual, "
       "Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float dropout_p, bool x_is_sum, "
       "bool need_grad_residual, bool need_grad_parameters) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "beam_search_step(Tensor logits, Tensor scores, int eos_token) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
 }

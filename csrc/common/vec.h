@@ -44,6 +44,21 @@ FUSED_ATTN_INLINE Vec select(VecI condition, Vec yes, Vec no) { return condition
 FUSED_ATTN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 FUSED_ATTN_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
+// Bit i: whether a > b in lane i.
+FUSED_ATTN_INLINE uint32_t greater_lanes(Vec a, Vec b) {
+#if defined(FUSED_ATTN_ISA_AVX512)
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
+#elif defined(FUSED_ATTN_ISA_AVX2)
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(a > b)));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(a > b)));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < kVec; ++i) lanes |= static_cast<uint32_t>(a[i] > b[i]) << i;
+  return lanes;
+#endif
+}
+
 FUSED_ATTN_INLINE float reduce_add(Vec v) {
   float lanes[kVec];
   std::memcpy(lanes, &v, sizeof(v));

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .._backend import describe_tensor, resolve
 from .._check import check_device, check_dtype, check_floating, check_rank, check_tensor
-from . import reference
+from . import cpu, reference
+from .contract import beam_search_step_fused
 from .reference import beam_search_step_reference
 
 _OP = "beam_search_step"
-BACKENDS = {"reference": reference}
+BACKENDS = {"cpu": cpu, "reference": reference}
 
 
 class BeamSearchStep(NamedTuple):
@@ -21,13 +22,13 @@ class BeamSearchStep(NamedTuple):
 
     tokens: Tensor
     """int64: the token that each next beam appends; never the end-of-sequence token, unless
-    fewer than K candidates go on (V = 1), where it is that token with score -inf."""
+    nothing goes on (V = 1), where it is that token with parent 0 and score -inf."""
     parents: Tensor
     """int64: the beam, 0..K-1, that each next beam continues."""
     scores: Tensor
-    """fp32: the next running scores, descending."""
+    """Dtype of the running scores: the next ones, descending."""
     finished_scores: Tensor
-    """fp32: slot i holds the score of the candidate of rank i if it ends its sequence, else
+    """Likewise: slot i holds the score of the candidate of rank i if it ends its sequence, else
     -inf."""
     finished_parents: Tensor
     """int64: the beam that the finished candidate continues; 0 where there is none."""
@@ -40,17 +41,22 @@ def beam_search_step(
 
         total[b, k, v] = scores[b, k] + log_softmax(logits[b, k])[v]
 
-    The 2K best candidates of ``total[b]`` are ranked, ties broken by the lower flat index
-    ``k * V + v``. The K best that do not end their sequence become the next beams. Of the K
-    best, those that end their sequence are returned as finished. 2K candidates always hold K
-    that go on, since each beam has one end-of-sequence candidate. Candidates with score -inf or
-    NaN (a beam with running score -inf, a row with NaN logits) rank last, with score -inf.
-    Sums in fp32. Deterministic. Not differentiable.
+    The 2K best candidates of ``total[b]`` are ranked. The K best that do not end their sequence
+    become the next beams. Of the K best, those that end their sequence are returned as
+    finished. 2K candidates always hold K that go on, since each beam has one end-of-sequence
+    candidate.
+
+    Equal logits of a beam rank by the lower token. Totals of different beams compare as rounded
+    to fp32, ties to the lower beam; within a beam the higher logit ranks first even if rounding
+    has made the totals equal. Candidates with score -inf or NaN (a beam with running score -inf
+    or NaN, a row with NaN or +inf logits or all -inf) rank last, by beam and token, with score
+    -inf. Deterministic; a sentence's results do not depend on the batch. Not differentiable:
+    the results are detached.
 
     Args:
         logits: ``[B, K, V]``, fp32, fp16 or bf16 (fp64: reference only).
-        scores: ``[B, K]`` fp32, running sums of log-probabilities. Start with 0 in the first
-            beam and -inf in the others.
+        scores: ``[B, K]`` fp32 (fp64: with fp64 logits only), running sums of
+            log-probabilities. Start with 0 in the first beam and -inf in the others.
         eos_token: The token, in 0..V-1, that ends a sequence.
         backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; default: the first that can.
 
@@ -66,8 +72,11 @@ def beam_search_step(
     check_tensor(_OP, "scores", scores)
     check_rank(_OP, "logits", logits, "[B, K, V]")
     check_floating(_OP, "logits", logits)
-    check_dtype(_OP, "scores", scores, (torch.float32,))
+    wide = (torch.float64,) if logits.dtype == torch.float64 else ()
+    check_dtype(_OP, "scores", scores, (torch.float32, *wide))
     check_device(_OP, "scores", scores, "logits", logits)
+    if not isinstance(eos_token, int):
+        raise TypeError(f"{_OP}: eos_token must be an int, got {type(eos_token).__name__}")
     B, K, V = logits.shape
     if scores.shape != (B, K):
         raise ValueError(
@@ -83,12 +92,12 @@ def beam_search_step(
         BACKENDS,
         backend,
         logits.device.type,
-        lambda module: module.unsupported_reasons(logits, scores),
+        lambda module: module.unsupported_reasons(logits),
         lambda: describe_tensor("logits", logits),
     )
-    if name != "reference":
-        raise AssertionError("no fused backend is registered yet")
-    with torch.no_grad():
-        result = beam_search_step_reference(logits, scores, eos_token=eos_token)
-    tokens, parents, next_scores, finished_scores, finished_parents = result
-    return BeamSearchStep(tokens, parents, next_scores, finished_scores, finished_parents)
+    if name == "reference":
+        with torch.no_grad():
+            result = beam_search_step_reference(logits, scores, eos_token=eos_token)
+    else:
+        result = beam_search_step_fused(logits, scores, eos_token, name)
+    return BeamSearchStep(*result)

@@ -1,0 +1,69 @@
+// Parameters of the beam_search kernels. Two passes: `beam_search_scan` reads the logits once and
+// leaves each row's log-sum-exp and best candidates; `beam_search_rank` merges the K rows of a
+// sentence. T stands for the element type named by `dtype`.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace fused_attn {
+
+// Rows are cut into chunks of this many tokens whatever the number of threads or sentences, and
+// each chunk is summed on its own, so that a row's log-sum-exp depends on the row alone.
+constexpr int64_t kBeamSearchChunk = 8192;
+
+// sum over the chunk of e^(logit - reference); the reference is -inf and the sum 0 where all
+// logits are -inf. The sum is NaN where a logit is NaN or +inf.
+struct BeamSearchChunkSum {
+  double sum;
+  float reference;
+};
+
+// The best tokens of a part of a row, the end of sequence left out, as a heap of `beams` keys.
+struct BeamSearchCandidates {
+  uint64_t* keys;
+  int64_t* count;
+};
+
+struct BeamSearch {
+  const void* logits;         // T [batch, beams, vocabulary], a token next to the other
+  int64_t stride_batch;       // in elements
+  int64_t stride_beam;        // in elements
+  const float* scores;        // [batch, beams]
+  int64_t* tokens;            // [batch, beams]
+  int64_t* parents;           // [batch, beams]
+  float* next_scores;         // [batch, beams]
+  float* finished_scores;     // [batch, beams]
+  int64_t* finished_parents;  // [batch, beams]
+  int64_t batch;
+  int64_t beams;
+  int64_t vocabulary;
+  int64_t eos_token;
+  DType dtype;
+
+  // All chunks of all rows, in order, are cut into `parts` even runs, one a thread. A row's
+  // candidates come from the part in which it begins and from every part that begins inside it;
+  // the latter leaves them in its own slot.
+  int64_t chunks;  // of a row
+  int64_t parts;
+  BeamSearchChunkSum* chunk_sums;  // [batch, beams, chunks]
+  uint64_t* row_keys;              // [batch, beams, beams]
+  int64_t* row_counts;             // [batch, beams]
+  uint64_t* part_keys;             // [parts, beams]
+  int64_t* part_counts;            // [parts]
+};
+
+// The first chunk of a part.
+inline int64_t beam_search_part_begin(const BeamSearch& p, int64_t part) {
+  return p.batch * p.beams * p.chunks * part / p.parts;
+}
+
+}  // namespace fused_attn
+
+FUSED_ATTN_DECLARE_KERNELS(
+    // One part of the chunks.
+    void beam_search_scan(const BeamSearch& p, int64_t part);
+    // Sentences [begin, end), once every part is scanned.
+    void beam_search_rank(const BeamSearch& p, int64_t begin, int64_t end);)

@@ -1,0 +1,407 @@
+// CPU kernels of beam_search: raw pointers, no torch. Compiled once per instruction set.
+#pragma once
+
+#include "beam_search/beam_search.h"
+#include "common/scratch.h"
+#include "common/vec.h"
+
+namespace fused_attn {
+namespace FUSED_ATTN_ISA {
+
+// Tokens summed at a time: they are still in the first-level cache when a block turns out to hold
+// a candidate and is read again.
+constexpr int64_t kBlock = 1024;
+constexpr int kUnroll = 4;
+static_assert(kBlock % (kUnroll * kVec) == 0 && kBeamSearchChunk % kBlock == 0);
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Whether a running score or a total can be chosen: not -inf and not NaN. Rows of impossible beams
+// are not read: at the first step of a search that is all but one of a sentence.
+static inline bool is_possible(float score) { return score > kMinusInfinity; }
+
+// --- candidates of a row ------------------------------------------------------------------
+
+// A logit and its token as one integer: the larger logit is the larger key, and among equal ones
+// the lower token. -0 counts as 0.
+static inline uint64_t make_key(float logit, int64_t token) {
+  const uint32_t bits = bits_from_float(logit + 0.0f);
+  const uint32_t ordered = bits ^ ((bits >> 31) ? 0xFFFFFFFFu : 0x80000000u);
+  return (static_cast<uint64_t>(ordered) << 32) | (0xFFFFFFFFu - static_cast<uint32_t>(token));
+}
+
+static inline float key_logit(uint64_t key) {
+  const uint32_t ordered = static_cast<uint32_t>(key >> 32);
+  return float_from_bits(ordered ^ ((ordered >> 31) ? 0x80000000u : 0xFFFFFFFFu));
+}
+
+static inline int64_t key_token(uint64_t key) { return 0xFFFFFFFFu - static_cast<uint32_t>(key); }
+
+// The `capacity` largest keys offered. Once full it is a heap with the smallest key on top, so
+// that a new candidate costs log2(capacity) steps whatever the order of the logits.
+//
+// (Not the standard library's heap: instantiated for plain integers here, its code would be
+// compiled for this instruction set and might be the copy that the linker keeps for all.)
+class TopKeys {
+ public:
+  TopKeys(uint64_t* keys, int64_t capacity, int64_t count)
+      : keys_(keys), capacity_(capacity), count_(count) {}
+
+  int64_t count() const { return count_; }
+
+  // No logit up to this one is among the best: an equal one has the higher token.
+  float threshold() const { return count_ < capacity_ ? kMinusInfinity : key_logit(keys_[0]); }
+
+  void offer(uint64_t key) {
+    if (count_ < capacity_) {
+      keys_[count_++] = key;
+      if (count_ == capacity_) make_heap();
+    } else if (key > keys_[0]) {
+      keys_[0] = key;
+      sift_down(0, count_);
+    }
+  }
+
+  // Largest first. The heap is gone afterwards.
+  void sort() {
+    if (count_ < capacity_) make_heap();
+    for (int64_t last = count_ - 1; last > 0; --last) {
+      const uint64_t smallest = keys_[0];
+      keys_[0] = keys_[last];
+      keys_[last] = smallest;
+      sift_down(0, last);
+    }
+  }
+
+ private:
+  void make_heap() {
+    for (int64_t i = count_ / 2 - 1; i >= 0; --i) sift_down(i, count_);
+  }
+
+  void sift_down(int64_t hole, int64_t count) {
+    const uint64_t key = keys_[hole];
+    for (int64_t child = 2 * hole + 1; child < count; child = 2 * hole + 1) {
+      if (child + 1 < count && keys_[child + 1] < keys_[child]) ++child;
+      if (key <= keys_[child]) break;
+      keys_[hole] = keys_[child];
+      hole = child;
+    }
+    keys_[hole] = key;
+  }
+
+  uint64_t* keys_;
+  int64_t capacity_;
+  int64_t count_;
+};
+
+template <typename T>
+static void offer_block(const T* logits, int64_t count, int64_t first_token, int64_t eos_token,
+                        TopKeys& best) {
+  float threshold = best.threshold();
+  for (int64_t i = 0; i < count; i += kVec) {
+    const Vec x =
+        i + kVec <= count ? load(logits + i) : load_partial(logits + i, count - i, kMinusInfinity);
+    for (uint32_t lanes = greater_lanes(x, broadcast(threshold)); lanes != 0; lanes &= lanes - 1) {
+      const int64_t j = i + __builtin_ctz(lanes);
+      const float logit = to_float(logits[j]);
+      if (logit > threshold && first_token + j != eos_token) {
+        best.offer(make_key(logit, first_token + j));
+        threshold = best.threshold();
+      }
+    }
+  }
+}
+
+// --- sum of exponentials --------------------------------------------------------------------
+
+struct BlockSum {
+  Vec sum;
+  Vec max;
+};
+
+// sum + e^y for y <= 64, to 1.7e-7 of e^y; below -87 it adds about 1e-38, and NaN stays NaN.
+FUSED_ATTN_INLINE Vec add_exp(Vec sum, Vec y) {
+  // NaN is the second operand, which max() returns.
+  const Vec clamped = max(broadcast(-87.0f), y);
+  // Adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits of the sum; 127 more
+  // and these bits are the exponent field of 2^n.
+  const Vec magic = broadcast(12582912.0f + 127.0f);
+  const Vec shifted = clamped * 1.44269504f + magic;
+  const Vec n = shifted - magic;
+  const Vec f = clamped * 1.44269504f - n;
+  // 2^f on [-1/2, 1/2]: near-minimax in the relative error, exact at 0.
+  Vec p = broadcast(1.3264664448797703e-3f);
+  p = p * f + 9.671512059867382e-3f;
+  p = p * f + 5.550733953714371e-2f;
+  p = p * f + 2.4022242426872253e-1f;
+  p = p * f + 6.931470036506653e-1f;
+  p = p * f + 1.0f;
+  return p * as_vec(reinterpret_cast<VecI>(shifted) << 23) + sum;
+}
+
+// Sum of e^(logit - reference) and maximum by lane. A NaN is in the sum and not in the maximum.
+template <typename T>
+static inline BlockSum sum_block(const T* logits, int64_t count, float reference) {
+  Vec sums[kUnroll] = {};
+  Vec maxima[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) maxima[u] = broadcast(kMinusInfinity);
+  const Vec r = broadcast(reference);
+  int64_t i = 0;
+  for (; i + kUnroll * kVec <= count; i += kUnroll * kVec) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      const Vec x = load(logits + i + u * kVec);
+      maxima[u] = max(x, maxima[u]);
+      sums[u] = add_exp(sums[u], x - r);
+    }
+  }
+  for (; i < count; i += kVec) {
+    const Vec x =
+        i + kVec <= count ? load(logits + i) : load_partial(logits + i, count - i, kMinusInfinity);
+    maxima[0] = max(x, maxima[0]);
+    sums[0] = add_exp(sums[0], x - r);
+  }
+  return {(sums[0] + sums[1]) + (sums[2] + sums[3]),
+          max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3]))};
+}
+
+// The largest logit; NaN where there is one.
+template <typename T>
+static float max_or_nan(const T* logits, int64_t count) {
+  Vec maximum = broadcast(kMinusInfinity);
+  Vec nan = {};  // 0, or NaN
+  for (int64_t i = 0; i < count; i += kVec) {
+    const Vec x =
+        i + kVec <= count ? load(logits + i) : load_partial(logits + i, count - i, kMinusInfinity);
+    maximum = max(x, maximum);
+    nan += select(x != x, x, Vec{});
+  }
+  return reduce_max(maximum) + reduce_add(nan);
+}
+
+// The sum of a chunk, and its candidates.
+//
+// The exponentials are relative to a reference that need not be the maximum, only near enough
+// that nothing overflows and that the largest does not vanish: a block is summed and its maximum
+// taken in one pass, and done again with its maximum as the reference if that exceeds the old
+// one by more than kSlack. So sum * e^reference is at least the largest exponential of the blocks
+// that set the reference, and what the clamp adds for a logit far below is at most 1e-37 of it.
+template <typename T>
+static BeamSearchChunkSum scan_chunk(const T* logits, int64_t count, int64_t first_token,
+                                     int64_t eos_token, TopKeys& best) {
+  constexpr float kSlack = 32.0f;
+  typedef double VecD __attribute__((vector_size(kVec * 8)));
+  VecD sum = {};
+  float reference = kMinusInfinity;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const T* block = logits + begin;
+    const int64_t size = count - begin < kBlock ? count - begin : kBlock;
+    if (reference == kMinusInfinity) {
+      const float maximum = max_or_nan(block, size);
+      if (maximum == kMinusInfinity) continue;
+      reference = maximum;
+    }
+    BlockSum part = sum_block(block, size, reference);
+    if (greater_lanes(part.max, broadcast(reference + kSlack)) != 0) {
+      const float maximum = reduce_max(part.max);
+      sum *= std::exp(static_cast<double>(reference) - maximum);
+      reference = maximum;
+      part = sum_block(block, size, reference);
+    }
+    sum += __builtin_convertvector(part.sum, VecD);
+    if (greater_lanes(part.max, broadcast(best.threshold())) != 0)
+      offer_block(block, size, first_token + begin, eos_token, best);
+  }
+  double total = 0.0;
+  for (int lane = 0; lane < kVec; ++lane) total += sum[lane];
+  return {total, reference};
+}
+
+template <typename T>
+static void scan_part(const BeamSearch& p, int64_t part) {
+  const int64_t end = beam_search_part_begin(p, part + 1);
+  p.part_counts[part] = 0;
+  for (int64_t i = beam_search_part_begin(p, part); i < end;) {
+    const int64_t row = i / p.chunks;
+    const int64_t next_row = (row + 1) * p.chunks;
+    if (!is_possible(p.scores[row])) {
+      i = next_row;
+      continue;
+    }
+    const bool is_start = i % p.chunks == 0;
+    const T* logits = static_cast<const T*>(p.logits) + row / p.beams * p.stride_batch +
+                      row % p.beams * p.stride_beam;
+    TopKeys best((is_start ? p.row_keys + row * p.beams : p.part_keys + part * p.beams), p.beams,
+                 0);
+    for (; i < end && i < next_row; ++i) {
+      const int64_t token = i % p.chunks * kBeamSearchChunk;
+      const int64_t rest = p.vocabulary - token;
+      const int64_t count = rest < kBeamSearchChunk ? rest : kBeamSearchChunk;
+      p.chunk_sums[i] = scan_chunk(logits + token, count, token, p.eos_token, best);
+    }
+    (is_start ? p.row_counts[row] : p.part_counts[part]) = best.count();
+  }
+}
+
+void beam_search_scan(const BeamSearch& p, int64_t part) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return scan_part<float>(p, part);
+    case DType::kFloat16:
+      return scan_part<Half>(p, part);
+    case DType::kBFloat16:
+      return scan_part<BFloat16>(p, part);
+  }
+}
+
+// --- ranking of a sentence ------------------------------------------------------------------
+
+// log of the sum of e^logit over a row; not finite where a logit is NaN or +inf or all are -inf.
+static double log_sum_exp(const BeamSearchChunkSum* chunks, int64_t count) {
+  double reference = -std::numeric_limits<double>::infinity();
+  for (int64_t c = 0; c < count; ++c)
+    if (chunks[c].reference > reference) reference = chunks[c].reference;
+  double sum = 0.0;
+  for (int64_t c = 0; c < count; ++c) {
+    const double shift = chunks[c].reference - reference;
+    sum += chunks[c].reference == kMinusInfinity ? chunks[c].sum : chunks[c].sum * std::exp(shift);
+  }
+  return reference + std::log(sum);
+}
+
+struct Candidate {
+  float total;
+  uint32_t token;
+};
+
+// The candidates of one beam that are possible, best first.
+struct BeamCandidates {
+  const Candidate* next;
+  const Candidate* end;
+};
+
+static bool contains(const Candidate* begin, const Candidate* end, int64_t token) {
+  for (const Candidate* c = begin; c != end; ++c)
+    if (c->token == token) return true;
+  return false;
+}
+
+template <typename T>
+static float logit_at(const BeamSearch& p, int64_t row, int64_t token) {
+  const T* logits = static_cast<const T*>(p.logits) + row / p.beams * p.stride_batch +
+                    row % p.beams * p.stride_beam;
+  return to_float(logits[token]);
+}
+
+static float logit_at(const BeamSearch& p, int64_t row, int64_t token) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return logit_at<float>(p, row, token);
+    case DType::kFloat16:
+      return logit_at<Half>(p, row, token);
+    case DType::kBFloat16:
+      return logit_at<BFloat16>(p, row, token);
+  }
+  return 0.0f;
+}
+
+// A row's possible candidates, its K best and the end of sequence, best first. Returns how many.
+static int64_t row_candidates(const BeamSearch& p, int64_t row, Candidate* candidates) {
+  if (!is_possible(p.scores[row])) return 0;
+  TopKeys best(p.row_keys + row * p.beams, p.beams, p.row_counts[row]);
+  for (int64_t part = 1; part < p.parts; ++part) {
+    const int64_t begin = beam_search_part_begin(p, part);
+    if (begin <= row * p.chunks || begin >= (row + 1) * p.chunks) continue;
+    for (int64_t i = 0; i < p.part_counts[part]; ++i) best.offer(p.part_keys[part * p.beams + i]);
+  }
+  best.sort();
+
+  const double normaliser = log_sum_exp(p.chunk_sums + row * p.chunks, p.chunks);
+  const double score = p.scores[row];
+  int64_t count = 0;
+  // In this order, so that candidates of equal rows tie exactly when their score + logit do.
+  const auto append = [&](float logit, int64_t token) {
+    const float total = static_cast<float>((score + logit) - normaliser);
+    if (is_possible(total)) candidates[count++] = {total, static_cast<uint32_t>(token)};
+  };
+  const float eos_logit = logit_at(p, row, p.eos_token);
+  const uint64_t eos_key = make_key(eos_logit, p.eos_token);
+  bool is_eos_due = true;
+  for (int64_t i = 0; i < best.count(); ++i) {
+    const uint64_t key = p.row_keys[row * p.beams + i];
+    if (is_eos_due && eos_key > key) {
+      append(eos_logit, p.eos_token);
+      is_eos_due = false;
+    }
+    append(key_logit(key), key_token(key));
+  }
+  if (is_eos_due) append(eos_logit, p.eos_token);
+  return count;
+}
+
+static void rank_sentence(const BeamSearch& p, int64_t b, Candidate* candidates,
+                          BeamCandidates* beams) {
+  const int64_t K = p.beams;
+  const int64_t width = K + 1;
+  int64_t* tokens = p.tokens + b * K;
+  int64_t* parents = p.parents + b * K;
+  float* next_scores = p.next_scores + b * K;
+  float* finished_scores = p.finished_scores + b * K;
+  int64_t* finished_parents = p.finished_parents + b * K;
+  for (int64_t k = 0; k < K; ++k) {
+    Candidate* first = candidates + k * width;
+    beams[k] = {first, first + row_candidates(p, b * K + k, first)};
+    finished_scores[k] = kMinusInfinity;
+    finished_parents[k] = 0;
+  }
+
+  // Merge the beams: the best total, and among equal ones the lower beam.
+  int64_t going_on = 0;
+  int64_t rank = 0;
+  for (; going_on < K; ++rank) {
+    int64_t parent = -1;
+    float total = kMinusInfinity;
+    for (int64_t k = 0; k < K; ++k) {
+      if (beams[k].next != beams[k].end && beams[k].next->total > total) {
+        parent = k;
+        total = beams[k].next->total;
+      }
+    }
+    if (parent < 0) break;
+    const int64_t token = (beams[parent].next++)->token;
+    if (token != p.eos_token) {
+      tokens[going_on] = token;
+      parents[going_on] = parent;
+      next_scores[going_on++] = total;
+    } else if (rank < K) {
+      finished_scores[rank] = total;
+      finished_parents[rank] = parent;
+    }
+  }
+
+  // Impossible candidates in the order of beams and tokens, if there are not enough others. Each
+  // row then has fewer than K possible ones that go on, and `candidates` holds all of them.
+  for (int64_t k = 0; k < K && going_on < K; ++k) {
+    const Candidate* first = candidates + k * width;
+    for (int64_t token = 0; token < p.vocabulary && going_on < K; ++token) {
+      if (token == p.eos_token || contains(first, beams[k].end, token)) continue;
+      tokens[going_on] = token;
+      parents[going_on] = k;
+      next_scores[going_on++] = kMinusInfinity;
+    }
+  }
+  for (; going_on < K; ++going_on) {  // a vocabulary of the end of sequence alone
+    tokens[going_on] = p.eos_token;
+    parents[going_on] = 0;
+    next_scores[going_on] = kMinusInfinity;
+  }
+}
+
+void beam_search_rank(const BeamSearch& p, int64_t begin, int64_t end) {
+  Scratch<Candidate> candidates(p.beams * (p.beams + 1));
+  Scratch<BeamCandidates> beams(p.beams);
+  for (int64_t b = begin; b < end; ++b) rank_sentence(p, b, candidates.data(), beams.data());
+}
+
+}  // namespace FUSED_ATTN_ISA
+}  // namespace fused_attn
