@@ -21,7 +21,9 @@ from fused_attn.nn import (
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
+    multihead_attention,
 )
+from fused_attn.ops import attention
 
 from .twins import check_twins, make_twins, share_parameters
 
@@ -219,6 +221,22 @@ def test_lengths_equal_masks_at_valid_positions(layout: str, norm_first: bool) -
         memory_key_padding_mask=padding(shorter, S),
     )
     assert not torch.allclose(other[valid], expected[valid], atol=1e-3)
+
+
+def test_every_attention_is_told_the_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, Any]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append((kwargs["query_lengths"], kwargs["key_lengths"]))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(multihead_attention, "attention", spy)
+    module = Transformer(E, H, 1, 1, HIDDEN, batch_first=True)
+    src, tgt = batch(0, S, "batch_first"), batch(1, T, "batch_first")
+    module(src, tgt, src_lengths=SOURCE_LENGTHS, tgt_lengths=TARGET_LENGTHS)
+    source, target = SOURCE_LENGTHS, TARGET_LENGTHS
+    expected = [(source, source), (target, target), (target, source)]
+    assert [(id(q), id(k)) for q, k in seen] == [(id(q), id(k)) for q, k in expected]
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
