@@ -13,28 +13,26 @@
 #endif
 
 // Declares kernel functions in the namespace of each instruction set.
-#define FUSED_ATTN_DECLARE_KERNELS(...)              \
-  namespace fused_attn {                             \
-  namespace baseline {                               \
-  __VA_ARGS__                                        \
-  }                                                  \
-  FUSED_ATTN_IF_AVX2(namespace avx2{__VA_ARGS__})    \
+#define FUSED_ATTN_DECLARE_KERNELS(...)               \
+  namespace fused_attn {                              \
+  namespace baseline {                                \
+  __VA_ARGS__                                         \
+  }                                                   \
+  FUSED_ATTN_IF_AVX2(namespace avx2{__VA_ARGS__})     \
   FUSED_ATTN_IF_AVX512(namespace avx512{__VA_ARGS__}) \
   }
 
 // Calls `function(...)` of the best instruction set that this machine has.
-#define FUSED_ATTN_CALL_KERNEL(function, ...)                                \
-  do {                                                                       \
-    switch (::fused_attn::cpu_isa()) {                                       \
-      FUSED_ATTN_IF_AVX512(case ::fused_attn::Isa::kAvx512                   \
-                           : ::fused_attn::avx512::function(__VA_ARGS__);    \
-                           break;)                                           \
-      FUSED_ATTN_IF_AVX2(case ::fused_attn::Isa::kAvx2                       \
-                         : ::fused_attn::avx2::function(__VA_ARGS__);        \
-                         break;)                                             \
-      default:                                                               \
-        ::fused_attn::baseline::function(__VA_ARGS__);                       \
-    }                                                                        \
+#define FUSED_ATTN_CALL_KERNEL(function, ...)                                                    \
+  do {                                                                                           \
+    switch (::fused_attn::cpu_isa()) {                                                           \
+      FUSED_ATTN_IF_AVX512(                                                                      \
+          case ::fused_attn::Isa::kAvx512 : ::fused_attn::avx512::function(__VA_ARGS__); break;) \
+      FUSED_ATTN_IF_AVX2(                                                                        \
+          case ::fused_attn::Isa::kAvx2 : ::fused_attn::avx2::function(__VA_ARGS__); break;)     \
+      default:                                                                                   \
+        ::fused_attn::baseline::function(__VA_ARGS__);                                           \
+    }                                                                                            \
   } while (false)
 
 namespace fused_attn {
