@@ -1,5 +1,6 @@
 """Whole sequence-to-sequence models."""
 
 from .config import TransformerConfig
+from .transformer import Transformer
 
-__all__ = ["TransformerConfig"]
+__all__ = ["Transformer", "TransformerConfig"]

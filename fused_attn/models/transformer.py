@@ -1,0 +1,346 @@
+"""The encoder-decoder Transformer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_attn.nn import (
+    LayerNorm,
+    MultiheadAttention,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+
+from ._positions import LearnedPositions, SinusoidalPositions
+from .config import TransformerConfig
+from .transformer_state import KeyValueCache, TransformerState
+
+_NAME = "Transformer"
+
+
+class Transformer(nn.Module):
+    """Encoder-decoder Transformer over token indices, for training and for generation.
+
+    Training calls ``forward`` (or ``decode`` and ``project``, to project chosen positions
+    only). Generation calls ``start``, ``step`` and ``reorder``; see
+    ``fused_attn.generation.Decoder``. Sequences are ``[B, S]`` and ``[B, T]``, padded at their
+    end; positions at and behind their length are never looked at, whatever they hold, and what
+    comes out there is unspecified.
+
+    Embeddings are scaled by ``sqrt(d_model)`` and drawn with standard deviation
+    ``d_model ** -0.5``, so that what enters the first layer is of the size of the positions;
+    linear layers are Xavier-uniform with zero biases.
+
+    Args:
+        config: The model's shape; kept as ``config``.
+
+    Reference: Vaswani et al., 2017. https://arxiv.org/abs/1706.03762
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        E = config.d_model
+        # A shared matrix is registered once, as the target's embedding, so that a state dict
+        # holds it once.
+        self.target_embedding = nn.Embedding(config.target_vocab_size, E, config.pad_token)
+        self.source_embedding: nn.Embedding | None = None
+        if config.tie_embeddings != "all":
+            self.source_embedding = nn.Embedding(config.source_vocab_size, E, config.pad_token)
+        self.output_projection: nn.Linear | None = None
+        if config.tie_embeddings == "none":
+            self.output_projection = nn.Linear(E, config.target_vocab_size, bias=False)
+        if config.positions == "learned":
+            self.source_positions: nn.Module = LearnedPositions(config.max_length, E)
+            self.target_positions: nn.Module = LearnedPositions(config.max_length, E)
+        else:
+            self.source_positions = SinusoidalPositions(config.max_length, E)
+            self.target_positions = SinusoidalPositions(config.max_length, E)
+        self.encoder = TransformerEncoder(
+            TransformerEncoderLayer(E, config.num_heads, **_layer_arguments(config)),
+            config.num_encoder_layers,
+            norm=_final_norm(config),
+        )
+        self.decoder = TransformerDecoder(
+            TransformerDecoderLayer(E, config.num_heads, **_layer_arguments(config)),
+            config.num_decoder_layers,
+            norm=_final_norm(config),
+        )
+        for module in self.modules():
+            if isinstance(module, MultiheadAttention):
+                module.dropout = config.attention_dropout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew."""
+        for stack in (self.encoder, self.decoder):
+            for layer in stack.layers:
+                for name, parameter in layer.named_parameters():
+                    if parameter.dim() > 1:
+                        nn.init.xavier_uniform_(parameter)
+                    elif name.endswith("bias"):
+                        nn.init.zeros_(parameter)
+        std = self.config.d_model**-0.5
+        for embedding in (self.source_embedding, self.target_embedding):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=std)
+                with torch.no_grad():
+                    embedding.weight[self.config.pad_token].zero_()
+        for positions in (self.source_positions, self.target_positions):
+            if isinstance(positions, LearnedPositions):
+                nn.init.normal_(positions.weight, std=std)
+        if self.output_projection is not None:
+            nn.init.normal_(self.output_projection.weight, std=std)
+
+    @property
+    def bos_token(self) -> int:
+        """Starts every target."""
+        return self.config.bos_token
+
+    @property
+    def eos_token(self) -> int:
+        """Ends a target."""
+        return self.config.eos_token
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens in a source, and in a target with its first."""
+        return self.config.max_length
+
+    @property
+    def output_weight(self) -> Tensor:
+        """``[V, E]``: the output projection; the target embedding itself where they are tied."""
+        projection = self.output_projection
+        return self.target_embedding.weight if projection is None else projection.weight
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_lengths: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of each target position's next token, given the target up to it.
+
+        Args:
+            source: ``[B, S]`` token indices.
+            target: ``[B, T]`` token indices, beginning with ``bos_token``.
+            source_lengths: ``[B]`` int32 or int64. Default: all S.
+            target_lengths: ``[B]`` likewise. Default: all T. Without them the result at valid
+                positions is the same; with them, no work is spent on padding in attention.
+
+        Returns:
+            ``[B, T, V]``.
+
+        Raises:
+            ValueError: Shapes disagree or a sequence is longer than ``config.max_length``.
+        """
+        return self.project(self.decode(source, target, source_lengths, target_lengths))
+
+    def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """Encode sources ``[B, S]`` into ``[B, S, E]``.
+
+        Raises:
+            ValueError: As ``forward``.
+        """
+        self._check_tokens("source", source, "[B, S]")
+        embedding = self.source_embedding
+        weight = self.target_embedding.weight if embedding is None else embedding.weight
+        x = self._embed(source, weight, self.source_positions)
+        return self.encoder(x, src_lengths=source_lengths)
+
+    def decode(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_lengths: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states ``[B, T, E]``: ``forward`` without the projection onto the vocabulary.
+
+        A loss is cheapest when only the positions that count are projected:
+        ``model.project(hidden[is_token])``. Arguments and errors are those of ``forward``.
+        """
+        memory = self.encode(source, source_lengths)
+        return self.decoder(
+            self._embed_target(target, memory),
+            memory,
+            tgt_is_causal=True,
+            tgt_lengths=target_lengths,
+            memory_lengths=source_lengths,
+        )
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., E]``."""
+        return F.linear(hidden, self.output_weight)
+
+    @torch.no_grad()
+    def cross_attention_weights(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_lengths: Tensor | None = None,
+        *,
+        layer: int = -1,
+    ) -> Tensor:
+        """How much each target position looks at each source position; for alignments.
+
+        Args:
+            source: ``[B, S]`` token indices.
+            target: ``[B, T]`` token indices, beginning with ``bos_token``.
+            source_lengths: ``[B]``. Default: all S.
+            layer: Index of the decoder layer, from the end where negative.
+
+        Returns:
+            ``[B, T, S]``, the mean over the layer's heads; each row sums to 1 over its source.
+
+        Raises:
+            ValueError: As ``forward``, or there is no such layer.
+        """
+        layers = self.decoder.layers
+        if not -len(layers) <= layer < len(layers):
+            raise ValueError(
+                f"{_NAME}: layer must be in {-len(layers)}..{len(layers) - 1}, got {layer}"
+            )
+        memory = self.encode(source, source_lengths)
+        x = self._embed_target(target, memory)
+        for below in layers[: layer % len(layers)]:
+            x = below(x, memory, tgt_is_causal=True, memory_lengths=source_lengths)
+        chosen: Any = layers[layer]
+        found: list[Tensor] = []
+
+        def self_attention(hidden: Tensor) -> Tensor:
+            return chosen.self_attn(hidden, hidden, hidden, need_weights=False, is_causal=True)[0]
+
+        def cross_attention(hidden: Tensor) -> Tensor:
+            output, weights = chosen.multihead_attn(
+                hidden, memory, memory, key_lengths=source_lengths
+            )
+            found.append(weights)
+            return output
+
+        chosen.connect(x, self_attention, cross_attention)
+        return found[0]
+
+    @torch.no_grad()
+    def start(self, source: Tensor, source_lengths: Tensor, beam_size: int) -> TransformerState:
+        """Encode the sources for generation; see ``fused_attn.generation.Decoder``.
+
+        Raises:
+            RuntimeError: The model is in training mode.
+        """
+        if self.training:
+            raise RuntimeError(
+                f"{_NAME}: generation needs the model in evaluation mode (model.eval()), got "
+                "training mode"
+            )
+        memory = self.encode(source, source_lengths)
+        layers: Any = self.decoder.layers
+        projected = [layer.multihead_attn.project_key_value(memory, memory) for layer in layers]
+        return TransformerState(
+            source_lengths=source_lengths,
+            memory_keys=[keys for keys, _ in projected],
+            memory_values=[values for _, values in projected],
+            cache=KeyValueCache(len(projected), self.config.max_length),
+            beam_size=beam_size,
+        )
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: TransformerState) -> tuple[Tensor, TransformerState]:
+        """Append tokens ``[B, K]`` and return the next ones' logits ``[B, K, V]``.
+
+        Raises:
+            ValueError: The targets have ``config.max_length`` tokens already.
+        """
+        position = state.cache.length
+        if position >= self.config.max_length:
+            raise ValueError(
+                f"{_NAME}: target must have at most {self.config.max_length} tokens "
+                f"(config.max_length), got {position + 1}"
+            )
+        x = F.embedding(tokens, self.target_embedding.weight) * math.sqrt(self.config.d_model)
+        x = x + self.target_positions(position, position + 1)  # [B, K, E]
+        for index, layer in enumerate(self.decoder.layers):
+            x = _layer_step(layer, x, state, index)
+        state.cache.advance()
+        if self.decoder.norm is not None:
+            x = self.decoder.norm(x)
+        return self.project(x), state
+
+    @torch.no_grad()
+    def reorder(
+        self, state: TransformerState, parents: Tensor, sentences: Tensor | None = None
+    ) -> TransformerState:
+        """Let targets continue others; see ``fused_attn.generation.Decoder``."""
+        state.reorder(parents, sentences)
+        return state
+
+    def _embed(self, tokens: Tensor, weight: Tensor, positions: nn.Module) -> Tensor:
+        x = F.embedding(tokens, weight, self.config.pad_token) * math.sqrt(self.config.d_model)
+        x = x + positions(0, tokens.size(1))
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _embed_target(self, target: Tensor, memory: Tensor) -> Tensor:
+        self._check_tokens("target", target, "[B, T]")
+        if target.size(0) != memory.size(0):
+            raise ValueError(
+                f"{_NAME}: target must have shape [B, T] with B = {memory.size(0)} (from source), "
+                f"got {list(target.shape)}"
+            )
+        return self._embed(target, self.target_embedding.weight, self.target_positions)
+
+    def _check_tokens(self, name: str, tokens: Tensor, layout: str) -> None:
+        if tokens.dim() != 2:
+            raise ValueError(f"{_NAME}: {name} must have shape {layout}, got {list(tokens.shape)}")
+        if tokens.size(1) > self.config.max_length:
+            raise ValueError(
+                f"{_NAME}: {name} must have at most {self.config.max_length} tokens "
+                f"(config.max_length), got {tokens.size(1)}"
+            )
+
+
+def _layer_step(layer: Any, x: Tensor, state: TransformerState, index: int) -> Tensor:
+    """Decoder layer ``index`` on the next position ``[B, K, E]`` of K targets a source.
+
+    To self-attention they are B * K sequences; to cross-attention they are K queries of one
+    sequence, so that the source's keys and values exist, and are read, once.
+    """
+
+    def self_attention(hidden: Tensor) -> Tensor:
+        rows = hidden.view(-1, 1, hidden.size(-1))  # [B * K, 1, E]
+        query, key, value = layer.self_attn.project(rows, rows, rows)
+        keys, values = state.cache.append(index, key, value)
+        return layer.self_attn.attend(query, keys, values).view(hidden.shape)
+
+    def cross_attention(hidden: Tensor) -> Tensor:
+        return layer.multihead_attn.attend(
+            layer.multihead_attn.project_query(hidden),
+            state.memory_keys[index],
+            state.memory_values[index],
+            key_lengths=state.source_lengths,
+        )
+
+    return layer.connect(x, self_attention, cross_attention)
+
+
+def _layer_arguments(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        "dim_feedforward": config.dim_feedforward,
+        "dropout": config.dropout,
+        "activation": config.activation,
+        "layer_norm_eps": config.layer_norm_eps,
+        "batch_first": True,
+        "norm_first": config.norm_first,
+    }
+
+
+def _final_norm(config: TransformerConfig) -> LayerNorm | None:
+    # A post-norm layer ends with a normalisation of its own.
+    return LayerNorm(config.d_model, eps=config.layer_norm_eps) if config.norm_first else None
