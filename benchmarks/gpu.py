@@ -43,8 +43,8 @@ STAGES = ("build", "validate", "tests", "operators")
 SECONDS = {"build": 180.0, "validate": 120.0, "tests": 180.0, "operators": 75.0}
 """The limit of a stage; of ``operators``, that of each case."""
 TOTAL_SECONDS = 570.0
-# Files outside these folders need packages (hypothesis) that a borrowed machine may lack, and
-# have no test that needs a GPU.
+# Files outside these folders may need packages (sacreBLEU) that a borrowed machine lacks, and have
+# no test that needs a GPU.
 GPU_TESTS = ("tests/ops", "tests/nn", "tests/benchmarks")
 # Enough of a traceback to act on, when the machine is gone.
 ERROR_LINES = 40

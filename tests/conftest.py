@@ -18,3 +18,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     from tests.triton_tools import interpreter
 
     interpreter.repair()
+
+if importlib.util.find_spec("hypothesis") is None:
+    from tests import without_hypothesis
+
+    without_hypothesis.install()
