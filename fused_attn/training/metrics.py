@@ -50,7 +50,7 @@ def corpus_bleu(
     metric = BLEU(tokenize=tokenization)
     score = metric.corpus_score(list(hypotheses), [list(references)])
     signature = str(metric.get_signature())
-    return Bleu(float(score.score), signature, str(score))
+    return Bleu(float(score.score), signature, str(score).split(maxsplit=3)[-1])
 
 
 def exact_match(hypotheses: Sequence[str], references: Sequence[str]) -> float:

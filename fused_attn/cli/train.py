@@ -1,0 +1,349 @@
+"""``fused-attn train``: from two text files to a model that translates."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from fused_attn.models import Transformer, TransformerConfig
+from fused_attn.training.checkpoint import (
+    CHECKPOINTS,
+    Vocabularies,
+    list_checkpoints,
+    load_vocabularies,
+)
+from fused_attn.training.config import TrainingConfig
+from fused_attn.training.data import ParallelDataset, ParallelText, read_parallel
+from fused_attn.training.errors import CheckpointError, InputError
+from fused_attn.training.loop import Trainer, TrainingError, Validation
+from fused_attn.training.text import Vocabulary
+from fused_attn.training.translator import Translator
+
+from ._text import add_device_arguments, positive, select_device
+
+_DEFAULT_EPOCHS = 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    parser.description = (
+        "Train a Transformer on parallel text. DIR gets checkpoints, a log, and at the end "
+        "'model', which translate and evaluate find when given DIR."
+    )
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_vocabulary_arguments(parser.add_argument_group("vocabulary"))
+    _add_model_arguments(parser.add_argument_group("model"))
+    _add_training_arguments(parser.add_argument_group("training"))
+    add_device_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; 0 when training ended as it should, 1 when the loss became no number."""
+    config = _training_config(arguments)
+    latest = _check_output(arguments)
+    device = select_device(arguments)
+    text = read_parallel(arguments.src, arguments.tgt, bad_pairs=arguments.bad_pairs)
+    held_out = _read_validation(arguments)
+    if latest is not None:
+        vocabularies = load_vocabularies(latest)
+    else:
+        vocabularies = _learn_vocabularies(arguments, text)
+    dataset = _encode(arguments, text, vocabularies)
+    _report(
+        f"{len(dataset)} pairs ({text.skipped_empty} with an empty line and "
+        f"{dataset.skipped_long} over {arguments.max_length} tokens skipped), "
+        f"{int(dataset.source.lengths.sum())} source and {int(dataset.target.lengths.sum())} "
+        f"target tokens, vocabularies of {len(vocabularies.source)} and "
+        f"{len(vocabularies.target)}"
+    )
+    torch.manual_seed(arguments.seed)
+    model = _build_model(arguments, vocabularies).to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    _report(f"{parameters:,} parameters on {device}, {torch.get_num_threads()} threads")
+    trainer = Trainer(
+        model,
+        dataset,
+        config,
+        model_config=model.config.to_dict(),
+        vocabularies=vocabularies,
+        directory=arguments.out,
+        validation=_validation(arguments, held_out, model, vocabularies),
+        progress=sys.stderr.isatty(),
+    )
+    if latest is not None:
+        trainer.resume(latest)
+        _report(f"resumed from {latest}")
+    try:
+        trainer.train()
+    except TrainingError as error:
+        print(f"fused-attn train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--src", required=True, metavar="FILE", help="source sentences, UTF-8, plain or .gz"
+    )
+    group.add_argument(
+        "--tgt", required=True, metavar="FILE", help="their translations, line by line"
+    )
+    group.add_argument("--valid-src", metavar="FILE", help="held-out source sentences")
+    group.add_argument("--valid-tgt", metavar="FILE", help="their translations")
+    group.add_argument("--out", required=True, metavar="DIR", help="where everything is written")
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the latest checkpoint in DIR"
+    )
+    group.add_argument(
+        "--max-length",
+        type=positive(int),
+        default=256,
+        metavar="N",
+        help="most tokens in a sentence; default: 256",
+    )
+    group.add_argument(
+        "--bad-pairs",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do about an empty line or a sentence over the limit; default: error",
+    )
+
+
+def _add_vocabulary_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--vocab-size", type=positive(int), default=8000, metavar="N", help="default: 8000"
+    )
+    group.add_argument(
+        "--vocab-type",
+        choices=("bpe", "unigram", "char", "word"),
+        default="bpe",
+        help="default: bpe",
+    )
+    group.add_argument(
+        "--separate-vocab",
+        action="store_true",
+        help="one vocabulary a language, for languages of different scripts; default: one for both",
+    )
+    group.add_argument(
+        "--character-coverage",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="part of the characters that get an id; default: 1",
+    )
+
+
+def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    for option, default in (
+        ("--d-model", 256),
+        ("--heads", 4),
+        ("--encoder-layers", 3),
+        ("--decoder-layers", 3),
+        ("--feedforward", 1024),
+    ):
+        group.add_argument(
+            option, type=positive(int), default=default, metavar="N", help=f"default: {default}"
+        )
+    group.add_argument("--dropout", type=float, default=0.1, metavar="P", help="default: 0.1")
+    group.add_argument(
+        "--attention-dropout",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="of attention weights; default: 0",
+    )
+    group.add_argument("--activation", choices=("relu", "gelu"), default="relu")
+    group.add_argument("--positions", choices=("sinusoidal", "learned"), default="sinusoidal")
+    group.add_argument("--norm-first", action="store_true", help="pre-norm layers")
+
+
+def _add_training_arguments(group: argparse._ArgumentGroup) -> None:
+    defaults = TrainingConfig(max_steps=1)
+    group.add_argument("--steps", type=positive(int), metavar="N", help="most updates")
+    group.add_argument(
+        "--epochs",
+        type=positive(int),
+        metavar="N",
+        help=f"most passes over the data; default, without another limit: {_DEFAULT_EPOCHS}",
+    )
+    group.add_argument(
+        "--max-minutes", type=positive(float), metavar="M", help="stop after this time"
+    )
+    group.add_argument(
+        "--patience",
+        type=positive(int),
+        metavar="N",
+        help="stop after this many validations without a better score",
+    )
+    for option, kind, default, meaning in (
+        ("--max-tokens", int, defaults.max_tokens, "tokens a batch, padding counted"),
+        ("--accumulate", int, defaults.accumulate, "batches an update"),
+        ("--lr", float, defaults.learning_rate, "peak learning rate"),
+        ("--warmup", int, defaults.warmup_steps, "updates until the peak"),
+        ("--label-smoothing", float, defaults.label_smoothing, "0 to 1"),
+        ("--clip-norm", float, defaults.clip_norm, "longest gradient; 0 does not clip"),
+        ("--weight-decay", float, defaults.weight_decay, "of matrices"),
+        ("--keep", int, defaults.keep_checkpoints, "latest checkpoints to keep"),
+        ("--average", int, defaults.average, "latest checkpoints to average at the end"),
+        ("--seed", int, defaults.seed, "of everything random"),
+        ("--log-every", int, defaults.log_every, "updates between lines of the log"),
+    ):
+        group.add_argument(
+            option, type=kind, default=default, metavar="X", help=f"{meaning}; default: {default}"
+        )
+    group.add_argument(
+        "--checkpoint-every",
+        type=positive(int),
+        metavar="N",
+        help="updates between checkpoints and validations; default: one an epoch",
+    )
+    group.add_argument("--bf16", action="store_true", help="compute in bfloat16 where it is safe")
+    group.add_argument(
+        "--valid-beam",
+        type=int,
+        default=1,
+        metavar="K",
+        help="beams of the translation scored in validation; 0 leaves BLEU out; default: 1",
+    )
+    group.add_argument(
+        "--tokenize",
+        choices=("13a", "zh", "char", "intl", "none"),
+        default="13a",
+        help="sacreBLEU's tokenisation in validation; zh for Chinese; default: 13a",
+    )
+
+
+def _training_config(arguments: argparse.Namespace) -> TrainingConfig:
+    limited = arguments.steps or arguments.epochs or arguments.max_minutes
+    try:
+        return TrainingConfig(
+            learning_rate=arguments.lr,
+            warmup_steps=arguments.warmup,
+            label_smoothing=arguments.label_smoothing,
+            max_tokens=arguments.max_tokens,
+            accumulate=arguments.accumulate,
+            clip_norm=arguments.clip_norm,
+            weight_decay=arguments.weight_decay,
+            max_steps=arguments.steps,
+            max_epochs=arguments.epochs if limited else _DEFAULT_EPOCHS,
+            max_minutes=arguments.max_minutes,
+            checkpoint_every=arguments.checkpoint_every,
+            keep_checkpoints=max(arguments.keep, arguments.average),
+            average=arguments.average,
+            patience=arguments.patience,
+            seed=arguments.seed,
+            bf16=arguments.bf16,
+            log_every=arguments.log_every,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _check_output(arguments: argparse.Namespace) -> Path | None:
+    """Return the checkpoint to resume from, or None to start anew."""
+    checkpoints = list_checkpoints(Path(arguments.out) / CHECKPOINTS)
+    if not arguments.resume:
+        if checkpoints:
+            raise InputError(
+                f"{arguments.out}: holds a training run already ({checkpoints[-1].name}): give "
+                "--resume to go on with it, or another --out"
+            )
+        try:
+            Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{arguments.out}: cannot create: {error.strerror}") from error
+        return None
+    if not checkpoints:
+        raise CheckpointError(f"{arguments.out}: holds no checkpoint to resume from")
+    return checkpoints[-1]
+
+
+def _read_validation(arguments: argparse.Namespace) -> ParallelText | None:
+    if arguments.valid_src is None and arguments.valid_tgt is None:
+        if arguments.patience is not None:
+            raise InputError("--patience needs --valid-src and --valid-tgt")
+        return None
+    if arguments.valid_src is None or arguments.valid_tgt is None:
+        raise InputError("--valid-src and --valid-tgt go together")
+    return read_parallel(arguments.valid_src, arguments.valid_tgt, bad_pairs=arguments.bad_pairs)
+
+
+def _learn_vocabularies(arguments: argparse.Namespace, text: ParallelText) -> Vocabularies:
+    def learn(sentences: list[str]) -> Vocabulary:
+        return Vocabulary.train(
+            sentences,
+            arguments.vocab_size,
+            model_type=arguments.vocab_type,
+            character_coverage=arguments.character_coverage,
+        )
+
+    if arguments.separate_vocab:
+        return Vocabularies(learn(text.source), learn(text.target))
+    joint = learn(text.source + text.target)
+    return Vocabularies(joint, joint)
+
+
+def _encode(
+    arguments: argparse.Namespace, text: ParallelText, vocabularies: Vocabularies
+) -> ParallelDataset:
+    return ParallelDataset.encode(
+        text,
+        vocabularies.source,
+        vocabularies.target,
+        max_length=arguments.max_length,
+        bad_pairs=arguments.bad_pairs,
+    )
+
+
+def _build_model(arguments: argparse.Namespace, vocabularies: Vocabularies) -> Transformer:
+    joint = vocabularies.source is vocabularies.target
+    try:
+        return Transformer(
+            TransformerConfig(
+                source_vocab_size=len(vocabularies.source),
+                target_vocab_size=len(vocabularies.target),
+                d_model=arguments.d_model,
+                num_heads=arguments.heads,
+                num_encoder_layers=arguments.encoder_layers,
+                num_decoder_layers=arguments.decoder_layers,
+                dim_feedforward=arguments.feedforward,
+                dropout=arguments.dropout,
+                attention_dropout=arguments.attention_dropout,
+                activation=arguments.activation,
+                norm_first=arguments.norm_first,
+                positions=arguments.positions,
+                # A translation may be longer than anything seen in training.
+                max_length=max(1024, 2 * arguments.max_length),
+                tie_embeddings="all" if joint else "output",
+            )
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+
+
+def _validation(
+    arguments: argparse.Namespace,
+    held_out: ParallelText | None,
+    model: Transformer,
+    vocabularies: Vocabularies,
+) -> Validation | None:
+    if held_out is None:
+        return None
+    dataset = _encode(arguments, held_out, vocabularies)
+    if arguments.valid_beam == 0:
+        return Validation(dataset)
+    translator = Translator(model, vocabularies)
+    return Validation(
+        dataset,
+        held_out.source,
+        held_out.target,
+        lambda sentences: translator.translate(sentences, beam_size=arguments.valid_beam),
+        arguments.tokenize,
+    )
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
