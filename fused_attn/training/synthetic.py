@@ -357,7 +357,7 @@ _TEMPLATES = (
 )
 
 
-def _any_number(choose: random.Random, low: int = 0, digits: int = 12) -> int:
+def _any_number(choose: random.Random, low: int = 0, digits: int = 9) -> int:
     """Draw a number whose length is uniform; of every third, most digits are zero."""
     length = choose.randint(1, digits)
     number = choose.randint(10 ** (length - 1), 10**length - 1)
