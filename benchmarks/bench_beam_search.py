@@ -1,0 +1,47 @@
+"""A step of beam search beside ``log_softmax``, a sum and ``topk`` over K·V candidates.
+
+``sum`` reads the logits once and does next to nothing with them: what a perfect kernel could at
+best take on the same threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_attn.ops._cases import Case
+
+from .measured import Run, ours, parametrize, time_provider
+
+OP = "beam_search"
+
+
+def peer(case: Case) -> Run:
+    """The candidates in plain PyTorch; what becomes of those that end is left out."""
+
+    def run(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        logits, scores = inputs["logits"], inputs["scores"]
+        _, K, V = logits.shape
+        total = scores[:, :, None] + torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        best, place = total.flatten(1).topk(2 * K)
+        return best, place % V, place // V
+
+    return run
+
+
+def read_once(case: Case) -> Run:
+    """One pass over the logits."""
+    return lambda inputs: (inputs["logits"].sum(),)
+
+
+PROVIDERS = {"fused_attn": ours, "torch": peer, "sum": read_once}
+
+
+@parametrize(OP)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_beam_search(benchmark: Any, case: Case, direction: str, provider: str) -> None:
+    time_provider(benchmark, case, direction, provider, PROVIDERS[provider](case))
