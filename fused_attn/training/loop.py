@@ -110,7 +110,7 @@ class Trainer:
     """Trains a sequence-to-sequence model on a dataset.
 
     Args:
-        model: The model, on its device. It must have ``encode``, ``decode`` and ``project``; see
+        model: The model, on its device. It must have ``decode`` and ``project``; see
             ``translation_loss``.
         dataset: The pairs to learn from.
         config: How to train.

@@ -13,15 +13,11 @@ from .data import Batch
 class Seq2SeqModel(Protocol):
     """What the objective needs of a model: states first, vocabulary scores apart."""
 
-    def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
-        """Return the encoder's states ``[B, S, E]``."""
-        ...
-
     def decode(
         self,
+        source: Tensor,
         target: Tensor,
-        memory: Tensor,
-        memory_lengths: Tensor | None = None,
+        source_lengths: Tensor | None = None,
         target_lengths: Tensor | None = None,
     ) -> Tensor:
         """Return the decoder's states ``[B, T, E]`` for teacher-forced targets."""
@@ -52,8 +48,9 @@ def translation_loss(model: Seq2SeqModel, batch: Batch, *, label_smoothing: floa
 
     Reference: Szegedy et al., 2016. https://arxiv.org/abs/1512.00567
     """
-    memory = model.encode(batch.source, batch.source_lengths)
-    hidden = model.decode(batch.target_input, memory, batch.source_lengths, batch.target_lengths)
+    hidden = model.decode(
+        batch.source, batch.target_input, batch.source_lengths, batch.target_lengths
+    )
     words = batch.target_output.flatten()
     hidden = hidden.flatten(0, 1)  # [B * T, E]
     if batch.target_tokens < len(words):

@@ -20,17 +20,15 @@ class StandIn(nn.Module):
         self.output = nn.Linear(width, vocabulary, bias=False)
         self.output.weight = self.target_embedding.weight
 
-    def encode(self, source: Tensor, source_lengths: Tensor) -> Tensor:
+    def decode(
+        self, source: Tensor, target: Tensor, source_lengths: Tensor, target_lengths: Tensor
+    ) -> Tensor:
         taken = torch.arange(source.shape[1]) < source_lengths[:, None]
         summed = (self.source_embedding(source) * taken[..., None]).sum(1)
-        return (summed / source_lengths[:, None])[:, None]
-
-    def decode(
-        self, target: Tensor, memory: Tensor, memory_lengths: Tensor, target_lengths: Tensor
-    ) -> Tensor:
+        mean = (summed / source_lengths[:, None])[:, None]
         embedded = self.target_embedding(target)
         count = torch.arange(1, target.shape[1] + 1)[:, None]
-        return self.layers(embedded + embedded.cumsum(1) / count + memory)
+        return self.layers(embedded + embedded.cumsum(1) / count + mean)
 
     def project(self, hidden: Tensor) -> Tensor:
         return self.output(hidden)

@@ -18,8 +18,9 @@ def test_loss_is_the_equation_over_words_alone(smoothing: float) -> None:
     dataset = ParallelDataset([[5, 6, 7], [8]], [[9], [10, 11, 12]])
     batch = dataset.batch(torch.tensor([0, 1]).numpy())
     model = StandIn().eval()
-    memory = model.encode(batch.source, batch.source_lengths)
-    hidden = model.decode(batch.target_input, memory, batch.source_lengths, batch.target_lengths)
+    hidden = model.decode(
+        batch.source, batch.target_input, batch.source_lengths, batch.target_lengths
+    )
     log_p = model.project(hidden).log_softmax(-1)
     V = log_p.shape[-1]
     expected = 0.0
