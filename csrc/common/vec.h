@@ -40,9 +40,30 @@ FUSED_ATTN_INLINE VecI iota() {
 }
 
 FUSED_ATTN_INLINE Vec select(VecI condition, Vec yes, Vec no) { return condition ? yes : no; }
-// As std::max(b, a): the second operand where either is NaN.
-FUSED_ATTN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-FUSED_ATTN_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+// As std::max(b, a): the second operand where either is NaN. (GCC makes a comparison and a blend
+// of `a > b ? a : b` when a is a constant; hence the intrinsics.)
+FUSED_ATTN_INLINE Vec max(Vec a, Vec b) {
+#if defined(FUSED_ATTN_ISA_AVX512)
+  return reinterpret_cast<Vec>(
+      _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(FUSED_ATTN_ISA_AVX2)
+  return reinterpret_cast<Vec>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+FUSED_ATTN_INLINE Vec min(Vec a, Vec b) {
+#if defined(FUSED_ATTN_ISA_AVX512)
+  return reinterpret_cast<Vec>(
+      _mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(FUSED_ATTN_ISA_AVX2)
+  return reinterpret_cast<Vec>(
+      _mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // Bit i: whether a > b in lane i.
 FUSED_ATTN_INLINE uint32_t greater_lanes(Vec a, Vec b) {
@@ -71,7 +92,8 @@ FUSED_ATTN_INLINE float reduce_max(Vec v) {
   float lanes[kVec];
   std::memcpy(lanes, &v, sizeof(v));
   for (int half = kVec / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    for (int i = 0; i < half; ++i)
+      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   return lanes[0];
 }
 
@@ -174,7 +196,8 @@ FUSED_ATTN_INLINE Vec exp(Vec x) {
   const VecI half = ni >> 1;
   Vec result = p * as_vec((half + 127) << 23) * as_vec((ni - half + 127) << 23);
   result = select(x < broadcast(-87.33654f), Vec{}, result);
-  result = select(x > broadcast(88.72283f), broadcast(std::numeric_limits<float>::infinity()), result);
+  result =
+      select(x > broadcast(88.72283f), broadcast(std::numeric_limits<float>::infinity()), result);
   return select(x != x, x, result);
 }
 
