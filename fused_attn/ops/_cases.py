@@ -52,9 +52,9 @@ class Case(abc.ABC):
         return {f"output_{i}": output for i, output in enumerate(outputs)}
 
     def flops(self, backward: bool = False) -> int:
-        """Floating-point operations of the call."""
+        """Floating-point operations of the forward, or of the backward alone."""
         return 0
 
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
-        """Bytes that must be read and written at least once."""
+        """Bytes that the forward, or the backward alone, must read and write at least once."""
         return 0
