@@ -16,7 +16,7 @@ from ._request import check_logits, check_request, is_integer, steps_between_loo
 from .hypothesis import Hypothesis
 from .state import Decoder, State
 
-Stopping = Literal["heuristic", "full", "bound"]
+Stopping = Literal["heuristic", "first", "never"]
 
 _SEARCH = "beam_search"
 
@@ -48,8 +48,8 @@ def beam_search(
 
     - ``heuristic`` (``early_stopping=False``): the best target that goes on, scored as if it
       ended with its present length, does not exceed the pool's worst score;
-    - ``full`` (``early_stopping=True``): at once;
-    - ``bound`` (``early_stopping="never"``): it does not exceed it when scored with the length,
+    - ``first`` (``early_stopping=True``): at once;
+    - ``never`` (``early_stopping="never"``): it does not exceed it when scored with the length,
       up to the longest, that favours it most. Then nothing in the beam can change the pool.
 
     Ties go to the lower beam and token, and to what finished first. A sentence's hypotheses
@@ -134,10 +134,10 @@ def beam_search(
             break
 
         worst = pool.scores[:, -1:]  # -inf until the pool is full
-        if stopping == "full":
+        if stopping == "first":
             # A beam at -inf has no future either.
             stops = (worst > -math.inf) | (scores[:, :1] == -math.inf)
-        elif stopping == "bound" and length_penalty > 0.0:
+        elif stopping == "never" and length_penalty > 0.0:
             stops = scores[:, :1] / limits**length_penalty <= worst
         else:
             stops = scores[:, :1] / n**length_penalty <= worst

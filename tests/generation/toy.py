@@ -150,7 +150,7 @@ def plain_beam_search(
             break
         if len(pool) == beam_size:
             best = running[0][0]
-            horizon = max_length if stopping == "bound" and length_penalty > 0 else n
-            if stopping == "full" or best / horizon**length_penalty <= pool[-1][0]:
+            horizon = max_length if stopping == "never" and length_penalty > 0 else n
+            if stopping == "first" or best / horizon**length_penalty <= pool[-1][0]:
                 break
     return pool
