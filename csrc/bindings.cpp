@@ -29,7 +29,8 @@ TORCH_LIBRARY(fused_attn_C, m) {
   m.def("compiled_instruction_sets() -> str[]", &compiled_instruction_sets);
   m.def(
       "add_layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
-      "Tensor? seed, float eps, float dropout_p, bool need_sum) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? seed, float eps, float dropout_p, bool need_sum) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "add_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor? residual, "
       "Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float dropout_p, bool x_is_sum, "
@@ -37,4 +38,13 @@ TORCH_LIBRARY(fused_attn_C, m) {
   m.def(
       "beam_search_step(Tensor logits, Tensor scores, int eos_token) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, "
+      "Tensor? query_lengths, Tensor? key_lengths, bool is_causal, float scale) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
+      "Tensor? mask, Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, Tensor output, "
+      "Tensor lse, bool is_causal, float scale, bool need_grad_bias) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }

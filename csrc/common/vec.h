@@ -30,7 +30,8 @@ typedef int32_t VecI __attribute__((vector_size(kVec * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kVec * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kVec * 2)));
 
-FUSED_ATTN_INLINE Vec broadcast(float x) { return Vec{} + x; }
+// x - 0 is x, which the compiler knows; 0 + x is not where x is -0, and would be computed.
+FUSED_ATTN_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
 // Lane numbers 0, 1, 2, ...
 FUSED_ATTN_INLINE VecI iota() {

@@ -10,11 +10,12 @@ from torch import Tensor
 from .._backend import describe_tensor, resolve
 from .._check import check_device, check_dtype, check_floating, check_rank, check_same, check_tensor
 from .._philox import draw_seed
-from . import reference
+from . import cpu, reference
+from .contract import attention_fused
 from .reference import attention_reference
 
 _OP = "attention"
-BACKENDS = {"reference": reference}
+BACKENDS = {"cpu": cpu, "reference": reference}
 
 
 def attention(
@@ -87,21 +88,33 @@ def attention(
         ),
         lambda: describe_tensor("query", query),
     )
-    if name != "reference":
-        raise AssertionError("no fused backend is registered yet")
-    output, lse = attention_reference(
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        query_lengths=query_lengths,
-        key_lengths=key_lengths,
-        is_causal=is_causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
+    if name == "reference":
+        output, lse = attention_reference(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            query_lengths=query_lengths,
+            key_lengths=key_lengths,
+            is_causal=is_causal,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
+    else:
+        output, lse = attention_fused(
+            query,
+            key,
+            value,
+            mask,
+            bias,
+            query_lengths,
+            key_lengths,
+            is_causal,
+            float(scale),
+            name,
+        )
     return (output, lse.detach()) if return_lse else output
 
 
