@@ -51,10 +51,9 @@ static inline float dot(const float* a, const T* b, int64_t width) {
 // the logits. Zeros as far as `width`.
 static inline void gradient_row(float* weights, float* dscores, int64_t count, int64_t width,
                                 float lse, float delta) {
-  const Vec shift = broadcast(-lse * kLog2E);
   int64_t s = 0;
   for (; s < count; s += kVec) {
-    const Vec weight = exp2_flushed(load(weights + s) * kLog2E + shift);
+    const Vec weight = exp2_flushed((load(weights + s) - lse) * kLog2E);
     store(weights + s, weight);
     store(dscores + s, weight * (load(dscores + s) - delta));
   }
@@ -62,6 +61,15 @@ static inline void gradient_row(float* weights, float* dscores, int64_t count, i
     store(weights + s, Vec{});
     store(dscores + s, Vec{});
   }
+}
+
+// Sum of weights times their gradients, from logits [0, count).
+static inline float delta_of_row(const float* logits, const float* dweights, int64_t count,
+                                 float lse) {
+  Vec sum{};
+  for (int64_t s = 0; s < count; s += kVec)
+    sum += exp2_flushed((load(logits + s) - lse) * kLog2E) * load(dweights + s);
+  return reduce_add(sum);
 }
 
 static inline void add_to_bias(const AttentionBackward& p, const Head& head, int64_t chunk,
@@ -104,45 +112,66 @@ static void backward_block(const AttentionBackward& p, const Head& head, int64_t
             in.scale, q, kRowStride, active);
   copy_rows(head_of<T>(p.grad_output, head.b, head.h) + begin * p.grad_output.stride_row,
             p.grad_output.stride_row, rows, Dv, 1.0f, grad_output, kRowStride, active);
+  // Logits, and gradients of the weights, of the keys [s, s + tile).
+  const auto limit = [&](int64_t last, int64_t s, int64_t tile) {
+    return std::clamp<int64_t>(key_limit(in, head, begin + last) - s, 0, tile);
+  };
+  const auto count_of = [&](int64_t r, int64_t s, int64_t tile) {
+    return active(r) ? limit(r, s, tile) : 0;
+  };
+  const auto fill_tile = [&](int64_t s, int64_t tile) {
+    const auto multiply = [&](const float* a, const float* panel, int64_t depth, float* c,
+                              int64_t j) {
+      for (int64_t r = 0; r < rows; r += kStrip) {
+        const int64_t strip = std::min<int64_t>(kStrip, rows - r);
+        if (limit(r + strip - 1, s, tile) <= j) continue;
+        strip_product<2, kRowStride, false>(strip, depth, a + r * kRowStride, panel, kPanel,
+                                            c + r * kScoreStride + j, kScoreStride, false);
+      }
+    };
+    for (int64_t j = 0; j < tile; j += kPanel) {
+      multiply(q, scratch.k_panels.data() + (s + j) * D, D, weights, j);
+      multiply(grad_output, scratch.v_panels.data() + (s + j) * Dv, Dv, dscores, j);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      finish_logits(in, head, begin + r, s, count_of(r, s, tile), weights + r * kScoreStride);
+  };
+
+  // The output times its gradient is the sum over keys of weight times gradient. An output that
+  // was rounded to 16 bits would give that sum an error far above the gradients' own where they
+  // nearly cancel, so there the sum itself is taken.
+  constexpr bool kRounded = !std::is_same_v<T, float>;
   float delta[kBlockQueries];
   for (int64_t r = 0; r < rows; ++r)
-    delta[r] =
-        dot(grad_output + r * kRowStride, static_cast<const T*>(p.output) + (first + r) * Dv, Dv);
+    delta[r] = kRounded ? 0.0f
+                        : dot(grad_output + r * kRowStride,
+                              static_cast<const T*>(p.output) + (first + r) * Dv, Dv);
+  if constexpr (kRounded) {
+    for (int64_t s = 0; s < keys; s += kTileKeys) {
+      const int64_t tile = std::min<int64_t>(kTileKeys, keys - s);
+      fill_tile(s, tile);
+      for (int64_t r = 0; r < rows; ++r)
+        delta[r] += delta_of_row(weights + r * kScoreStride, dscores + r * kScoreStride,
+                                 count_of(r, s, tile), lse[r]);
+    }
+  }
 
   for (int64_t s = 0; s < keys; s += kTileKeys) {
     const int64_t tile = std::min<int64_t>(kTileKeys, keys - s);
-    // Keys of this tile that the queries [first, last) of the block may look at, and queries that
-    // may look at the keys from `first` on.
-    const auto keys_of = [&](int64_t, int64_t last) {
-      return Span{0, std::clamp<int64_t>(key_limit(in, head, begin + last - 1) - s, 0, tile)};
-    };
+    // A single tile of 16-bit inputs is still there.
+    if (!kRounded || keys > kTileKeys) fill_tile(s, tile);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t count = count_of(r, s, tile);
+      float* drow = dscores + r * kScoreStride;
+      gradient_row(weights + r * kScoreStride, drow, count, tile, lse[r], delta[r]);
+      if (p.dbias) add_to_bias(p, head, chunk, begin + r, s, count, drow);
+    }
+    // Keys of this tile that the queries [.., last) of the block may look at, and queries that
+    // may look at the keys from `first_key` on.
+    const auto keys_of = [&](int64_t, int64_t last) { return Span{0, limit(last - 1, s, tile)}; };
     const auto queries_of = [&](int64_t first_key, int64_t) {
       return Span{in.is_causal ? std::clamp<int64_t>(s + first_key - begin, 0, rows) : 0, rows};
     };
-    for (int64_t j = 0; j < tile; j += kPanel) {
-      const float* k_panel = scratch.k_panels.data() + (s + j) * D;
-      const float* v_panel = scratch.v_panels.data() + (s + j) * Dv;
-      for (int64_t r = 0; r < rows; r += kStrip) {
-        const int64_t strip = std::min<int64_t>(kStrip, rows - r);
-        if (keys_of(r, r + strip).end <= j) continue;
-        strip_product<2, kRowStride, false>(strip, D, q + r * kRowStride, k_panel, kPanel,
-                                            weights + r * kScoreStride + j, kScoreStride, false);
-      }
-      for (int64_t r = 0; r < rows; r += kStrip) {
-        const int64_t strip = std::min<int64_t>(kStrip, rows - r);
-        if (keys_of(r, r + strip).end <= j) continue;
-        strip_product<2, kRowStride, false>(strip, Dv, grad_output + r * kRowStride, v_panel,
-                                            kPanel, dscores + r * kScoreStride + j, kScoreStride,
-                                            false);
-      }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t count = active(r) ? keys_of(r, r + 1).end : 0;
-      float* row = weights + r * kScoreStride;
-      finish_logits(in, head, begin + r, s, count, row);
-      gradient_row(row, dscores + r * kScoreStride, count, tile, lse[r], delta[r]);
-      if (p.dbias) add_to_bias(p, head, chunk, begin + r, s, count, dscores + r * kScoreStride);
-    }
     product<kScoreStride, true>(tile, round_up(Dv, kVec), weights, grad_output, kRowStride,
                                 dv + s * p.dv_stride, p.dv_stride, true, queries_of);
     product<kScoreStride, true>(tile, round_up(D, kVec), dscores, q, kRowStride,

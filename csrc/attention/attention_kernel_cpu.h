@@ -34,19 +34,18 @@ static inline float softmax_step(float* row, int64_t count, int64_t width, RowSt
       std::max(before, reduce_max(max(max(peaks[0], peaks[1]), max(peaks[2], peaks[3]))));
   // A row of -inf would give NaN: shift by 0 instead.
   const float shift = peak == -kInfinity ? 0.0f : peak;
-  const Vec shift2 = broadcast(-shift * kLog2E);
 
   Vec totals[4] = {};
   s = 0;
   for (; s + 4 * kVec <= end; s += 4 * kVec)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const Vec weight = exp2_flushed(load(row + s + j * kVec) * kLog2E + shift2);
+      const Vec weight = exp2_flushed((load(row + s + j * kVec) - shift) * kLog2E);
       store(row + s + j * kVec, weight);
       totals[j] += weight;
     }
   for (; s < end; s += kVec) {
-    const Vec weight = exp2_flushed(load(row + s) * kLog2E + shift2);
+    const Vec weight = exp2_flushed((load(row + s) - shift) * kLog2E);
     store(row + s, weight);
     totals[0] += weight;
   }
