@@ -33,7 +33,7 @@ from typing import IO, Any
 
 import torch
 
-from fused_attn.validation import OPS
+from fused_attn.validation import OPS, op_backends
 
 from .measured import benchmark_cases
 from .timing import machine
@@ -46,6 +46,8 @@ TOTAL_SECONDS = 570.0
 # Files outside these folders may need packages (sacreBLEU) that a borrowed machine lacks, and have
 # no test that needs a GPU.
 GPU_TESTS = ("tests/ops", "tests/nn", "tests/benchmarks")
+# What to ask of an op before the extension is built, when availability cannot be asked yet.
+DEVICE_BACKENDS = {"cuda": {"triton", "cuda"}, "cpu": {"cpu"}}
 # Enough of a traceback to act on, when the machine is gone.
 ERROR_LINES = 40
 
@@ -188,6 +190,9 @@ def plan(
         return stages
     common = ("--device", device, "--rounds", str(rounds), "--peers", *peers)
     for op in ops:
+        if not DEVICE_BACKENDS[device] & set(op_backends(op)):
+            print(f"operators {op}: left out, it has no kernel for {device}")
+            continue
         for case in benchmark_cases(op):
             command = (python, "-m", "benchmarks.gpu_case", op, case.name, *common)
             label = f"{op} {case.name}"

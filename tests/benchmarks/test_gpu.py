@@ -113,7 +113,9 @@ def test_says_that_there_is_no_gpu(
 
 def test_plans_every_stage_for_the_gpu_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "benchmark_cases", lambda op: [Doubling(name="a", kind="benchmark")])
-    stages = gpu.plan(gpu.STAGES, "cuda", ["attention"], ["eager"], 7)
+    backends = {"attention": ("triton", "reference"), "beam_search": ("cpu", "reference")}
+    monkeypatch.setattr(gpu, "op_backends", lambda op: backends[op])
+    stages = gpu.plan(gpu.STAGES, "cuda", ["attention", "beam_search"], ["eager"], 7)
     assert [stage.name for stage in stages] == list(gpu.STAGES)
     assert "cuda" in stages[1].command
     assert stages[2].command[stages[2].command.index("-m", 3) + 1] == "gpu"
