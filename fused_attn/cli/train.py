@@ -183,6 +183,12 @@ def _add_training_arguments(group: argparse._ArgumentGroup) -> None:
         ("--accumulate", int, defaults.accumulate, "batches an update"),
         ("--lr", float, defaults.learning_rate, "peak learning rate"),
         ("--warmup", int, defaults.warmup_steps, "updates until the peak"),
+        (
+            "--cooldown",
+            int,
+            defaults.cooldown_steps,
+            "last updates, of --steps, that end at rate 0",
+        ),
         ("--label-smoothing", float, defaults.label_smoothing, "0 to 1"),
         ("--clip-norm", float, defaults.clip_norm, "longest gradient; 0 does not clip"),
         ("--weight-decay", float, defaults.weight_decay, "of matrices"),
@@ -222,6 +228,7 @@ def _training_config(arguments: argparse.Namespace) -> TrainingConfig:
         return TrainingConfig(
             learning_rate=arguments.lr,
             warmup_steps=arguments.warmup,
+            cooldown_steps=arguments.cooldown,
             label_smoothing=arguments.label_smoothing,
             max_tokens=arguments.max_tokens,
             accumulate=arguments.accumulate,

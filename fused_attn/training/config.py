@@ -16,6 +16,7 @@ class TrainingConfig:
     Attributes:
         learning_rate: Peak of the schedule.
         warmup_steps: Updates until the peak; the rate then falls as 1 / sqrt(update).
+        cooldown_steps: Updates before ``max_steps`` in which the rate goes on to zero; 0: none.
         label_smoothing: Probability given to the whole vocabulary instead of the right word.
         max_tokens: Most tokens of the longer side a batch, padding counted.
         accumulate: Batches an update, as if they were one.
@@ -39,6 +40,7 @@ class TrainingConfig:
 
     learning_rate: float = 1e-3
     warmup_steps: int = 2000
+    cooldown_steps: int = 0
     label_smoothing: float = 0.1
     max_tokens: int = 4096
     accumulate: int = 1
@@ -56,7 +58,6 @@ class TrainingConfig:
     log_every: int = 100
 
     def __post_init__(self) -> None:
-        self._at_least("warmup_steps", 0)
         for name in (
             "max_tokens",
             "accumulate",
@@ -69,7 +70,14 @@ class TrainingConfig:
             "log_every",
         ):
             self._at_least(name, 1)
-        for name in ("clip_norm", "weight_decay", "max_minutes", "seed"):
+        for name in (
+            "warmup_steps",
+            "cooldown_steps",
+            "clip_norm",
+            "weight_decay",
+            "max_minutes",
+            "seed",
+        ):
             self._at_least(name, 0)
         if not self.learning_rate > 0:
             raise ValueError(
@@ -83,6 +91,11 @@ class TrainingConfig:
             raise ValueError(
                 f"TrainingConfig: average must be at most keep_checkpoints = "
                 f"{self.keep_checkpoints}, got {self.average}"
+            )
+        if self.cooldown_steps and self.max_steps is None:
+            raise ValueError(
+                f"TrainingConfig: cooldown_steps must be 0 without max_steps, got "
+                f"{self.cooldown_steps}"
             )
         if self.max_steps is None and self.max_epochs is None and self.max_minutes is None:
             raise ValueError(

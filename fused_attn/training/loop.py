@@ -148,7 +148,12 @@ class Trainer:
         self._device = next(model.parameters()).device
         self._batches = TokenBatches(dataset, max_tokens=config.max_tokens, seed=config.seed)
         self._optimizer = build_optimizer(model, weight_decay=config.weight_decay)
-        self._schedule = InverseSquareRoot(config.learning_rate, config.warmup_steps)
+        self._schedule = InverseSquareRoot(
+            config.learning_rate,
+            config.warmup_steps,
+            cooldown_steps=config.cooldown_steps,
+            last_step=config.max_steps,
+        )
         self._parameters = [
             parameter for parameter in model.parameters() if parameter.requires_grad
         ]

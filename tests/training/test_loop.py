@@ -278,6 +278,7 @@ def test_bf16_computes_in_bfloat16_and_keeps_fp32_weights(dataset) -> None:
         ({}, r"one of max_steps, max_epochs and max_minutes must be set"),
         ({"max_steps": 0}, r"max_steps must be at least 1, got 0"),
         ({"max_steps": 1, "warmup_steps": -1}, r"warmup_steps must be at least 0, got -1"),
+        ({"max_epochs": 1, "cooldown_steps": 9}, r"cooldown_steps must be 0 without max_steps"),
         ({"max_steps": 1, "learning_rate": 0}, r"learning_rate must be positive, got 0"),
         ({"max_steps": 1, "label_smoothing": 1}, r"label_smoothing must be in \[0, 1\), got 1"),
         ({"max_steps": 1, "average": 9}, r"average must be at most keep_checkpoints = 5, got 9"),

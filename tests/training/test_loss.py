@@ -53,11 +53,22 @@ def test_schedule_rises_to_its_peak_and_falls_as_the_root() -> None:
     assert InverseSquareRoot(1.0, 0)(4) == pytest.approx(1 / math.sqrt(4))
 
 
+def test_cooldown_ends_at_zero_after_the_last_update() -> None:
+    plain = InverseSquareRoot(1.0, 10)
+    rate = InverseSquareRoot(1.0, 10, cooldown_steps=9, last_step=100)
+    assert rate(91) == plain(91)
+    assert rate(96) == pytest.approx(plain(96) / 2)
+    assert rate(100) == pytest.approx(plain(100) / 10)
+    assert rate(101) == 0
+
+
 def test_schedule_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match=r"peak must be positive, got 0"):
         InverseSquareRoot(0, 10)
     with pytest.raises(ValueError, match=r"warmup_steps must not be negative, got -1"):
         InverseSquareRoot(1, -1)
+    with pytest.raises(ValueError, match=r"last_step must be given for a cooldown"):
+        InverseSquareRoot(1, 1, cooldown_steps=1)
 
 
 def test_only_matrices_decay() -> None:
