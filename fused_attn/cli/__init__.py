@@ -16,7 +16,7 @@ from fused_attn import __version__
 COMMANDS = {
     "info": "what is installed here, and which kernels can run",
     "validate": "check every kernel against its fp64 reference on this machine",
-    "demo": "benchmark, train, translate and draw, in a few minutes",
+    "demo": "train on generated sentences, translate and draw, in two minutes",
     "train": "train a translation model on a parallel text",
     "translate": "translate a file or a pipe",
     "evaluate": "translate and score against references",

@@ -42,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo_output", metavar="DIR", help="default: demo_output")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument(
-        "--updates", type=int, default=800, metavar="N", help="most updates; default: 800"
+        "--updates", type=int, default=900, metavar="N", help="most updates; default: 900"
     )
     parser.add_argument(
-        "--max-minutes", type=float, default=3.0, metavar="M", help="of training; default: 3"
+        "--max-minutes", type=float, default=3.5, metavar="M", help="of training; default: 3.5"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: all cores")
 
@@ -199,11 +199,10 @@ def _train(
             warmup_steps=100,
             label_smoothing=0.0,
             max_tokens=2048,
+            # Half of the training is spent on settling: it is worth more here than large steps.
+            cooldown_steps=arguments.updates // 2,
             max_steps=arguments.updates,
             max_minutes=arguments.max_minutes,
-            checkpoint_every=25,
-            keep_checkpoints=8,
-            average=8,
             log_every=50,
             seed=arguments.seed,
         ),
