@@ -21,12 +21,6 @@ struct BeamSearchChunkSum {
   float reference;
 };
 
-// The best tokens of a part of a row, the end of sequence left out, as a heap of `beams` keys.
-struct BeamSearchCandidates {
-  uint64_t* keys;
-  int64_t* count;
-};
-
 struct BeamSearch {
   const void* logits;         // T [batch, beams, vocabulary], a token next to the other
   int64_t stride_batch;       // in elements
@@ -45,13 +39,15 @@ struct BeamSearch {
 
   // All chunks of all rows, in order, are cut into `parts` even runs, one a thread. A row's
   // candidates come from the part in which it begins and from every part that begins inside it;
-  // the latter leaves them in its own slot.
+  // the latter leaves them in its own slot. A slot holds up to K keys, the largest first, of the
+  // best tokens that go on.
+  int64_t slot;    // K + 1, the last for the kernel's own use
   int64_t chunks;  // of a row
   int64_t parts;
   BeamSearchChunkSum* chunk_sums;  // [batch, beams, chunks]
-  uint64_t* row_keys;              // [batch, beams, beams]
+  uint64_t* row_keys;              // [batch, beams, slot]
   int64_t* row_counts;             // [batch, beams]
-  uint64_t* part_keys;             // [parts, beams]
+  uint64_t* part_keys;             // [parts, slot]
   int64_t* part_counts;            // [parts]
 };
 

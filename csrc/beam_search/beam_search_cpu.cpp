@@ -16,7 +16,7 @@ using at::Tensor;
 constexpr int64_t kGrain = 16384;
 
 // Candidates to merge a thread, likewise.
-constexpr int64_t kRankGrain = 512;
+constexpr int64_t kRankGrain = 4096;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_search_step_cpu(const Tensor& logits,
                                                                         const Tensor& scores,
@@ -59,11 +59,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_search_step_cpu(const Te
   p.parts = std::min(most, worthwhile);
 
   Scratch<BeamSearchChunkSum> chunk_sums(B * K * p.chunks);
-  Scratch<uint64_t> keys((B * K + p.parts) * K);
+  p.slot = K + 1;
+  Scratch<uint64_t> keys((B * K + p.parts) * p.slot);
   Scratch<int64_t> counts(B * K + p.parts);
   p.chunk_sums = chunk_sums.data();
   p.row_keys = keys.data();
-  p.part_keys = keys.data() + B * K * K;
+  p.part_keys = keys.data() + B * K * p.slot;
   p.row_counts = counts.data();
   p.part_counts = counts.data() + B * K;
 

@@ -8,8 +8,7 @@
 namespace fused_attn {
 namespace FUSED_ATTN_ISA {
 
-// Tokens summed at a time: they are still in the first-level cache when a block turns out to hold
-// a candidate and is read again.
+// Tokens summed at a time, and read again at a time if one of them may be a candidate.
 constexpr int64_t kBlock = 1024;
 constexpr int kUnroll = 2;
 static_assert(kBlock % (kUnroll * kVec) == 0 && kBeamSearchChunk % kBlock == 0);
@@ -42,25 +41,33 @@ static inline float key_logit(uint64_t key) {
 
 static inline int64_t key_token(uint64_t key) { return 0xFFFFFFFFu - static_cast<uint32_t>(key); }
 
-// The `capacity` largest keys offered. Once full it is a heap with the smallest key on top, so
-// that a new candidate costs log2(capacity) steps whatever the order of the logits.
+// The `capacity` largest keys offered, of logits above `floor`. Once full it is a heap with the
+// smallest key on top, so that a new candidate costs log2(capacity) steps whatever the order of
+// the logits.
 //
 // (Not the standard library's heap: instantiated for plain integers here, its code would be
 // compiled for this instruction set and might be the copy that the linker keeps for all.)
 class TopKeys {
  public:
+  TopKeys(uint64_t* keys, int64_t capacity, float floor)
+      : keys_(keys), capacity_(capacity), floor_(floor) {}
+
+  // Takes over what `sort` left in `keys`.
   TopKeys(uint64_t* keys, int64_t capacity, int64_t count)
-      : keys_(keys), capacity_(capacity), count_(count) {}
+      : keys_(keys), capacity_(capacity), count_(count) {
+    if (count_ == capacity_) make_heap();
+  }
 
   int64_t count() const { return count_; }
+  bool is_full() const { return count_ == capacity_; }
 
   // No logit up to this one is among the best: an equal one has the higher token.
-  float threshold() const { return count_ < capacity_ ? kMinusInfinity : key_logit(keys_[0]); }
+  float threshold() const { return is_full() ? key_logit(keys_[0]) : floor_; }
 
   void offer(uint64_t key) {
-    if (count_ < capacity_) {
+    if (!is_full()) {
       keys_[count_++] = key;
-      if (count_ == capacity_) make_heap();
+      if (is_full()) make_heap();
     } else if (key > keys_[0]) {
       keys_[0] = key;
       sift_down(0, count_);
@@ -69,7 +76,7 @@ class TopKeys {
 
   // Largest first. The heap is gone afterwards.
   void sort() {
-    if (count_ < capacity_) make_heap();
+    if (!is_full()) make_heap();
     for (int64_t last = count_ - 1; last > 0; --last) {
       const uint64_t smallest = keys_[0];
       keys_[0] = keys_[last];
@@ -83,11 +90,20 @@ class TopKeys {
     for (int64_t i = count_ / 2 - 1; i >= 0; --i) sift_down(i, count_);
   }
 
+  // Which child is smaller is a toss-up, so it is computed rather than branched on.
   void sift_down(int64_t hole, int64_t count) {
     const uint64_t key = keys_[hole];
-    for (int64_t child = 2 * hole + 1; child < count; child = 2 * hole + 1) {
-      if (child + 1 < count && keys_[child + 1] < keys_[child]) ++child;
-      if (key <= keys_[child]) break;
+    int64_t child = 2 * hole + 1;
+    for (; child + 1 < count; child = 2 * hole + 1) {
+      child += static_cast<int64_t>(keys_[child + 1] < keys_[child]);
+      if (key <= keys_[child]) {
+        keys_[hole] = key;
+        return;
+      }
+      keys_[hole] = keys_[child];
+      hole = child;
+    }
+    if (child < count && keys_[child] < key) {
       keys_[hole] = keys_[child];
       hole = child;
     }
@@ -96,9 +112,11 @@ class TopKeys {
 
   uint64_t* keys_;
   int64_t capacity_;
-  int64_t count_;
+  int64_t count_ = 0;
+  float floor_ = kMinusInfinity;
 };
 
+// Offers the logits of tokens first_token, first_token + 1, ... but for the end of sequence.
 template <typename T>
 static void offer_block(const T* logits, int64_t count, int64_t first_token, int64_t eos_token,
                         TopKeys& best) {
@@ -213,27 +231,28 @@ static float max_or_nan(const T* logits, int64_t count) {
   return reduce_max(maximum) + reduce_add(nan);
 }
 
-// The sum of a chunk, and its candidates.
+// The sum of a chunk; leaves the maxima of each block by lane in `maxima`, kVec a block.
 //
 // The exponentials are relative to a reference that need not be the maximum, only near enough
-// that nothing overflows and that the largest does not vanish: a block is summed and its maximum
+// that nothing overflows and that the largest does not vanish: a block is summed and its maxima
 // taken in one pass, and done again with its maximum as the reference if that exceeds the old
 // one by more than kSlack. So sum * e^reference is at least the largest exponential of the blocks
 // that set the reference, and what the clamp adds for a logit far below is at most 1e-37 of it.
 template <typename T>
-static BeamSearchChunkSum scan_chunk(const T* logits, int64_t count, int64_t first_token,
-                                     int64_t eos_token, TopKeys& best) {
+static BeamSearchChunkSum sum_chunk(const T* logits, int64_t count, float* maxima) {
   constexpr float kSlack = 32.0f;
   typedef double VecD __attribute__((vector_size(kVec * 8)));
   VecD sum = {};
   float reference = kMinusInfinity;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
+  for (int64_t begin = 0; begin < count; begin += kBlock, maxima += kVec) {
     const T* block = logits + begin;
     const int64_t size = count - begin < kBlock ? count - begin : kBlock;
     if (reference == kMinusInfinity) {
-      const float maximum = max_or_nan(block, size);
-      if (maximum == kMinusInfinity) continue;
-      reference = maximum;
+      reference = max_or_nan(block, size);
+      if (reference == kMinusInfinity) {
+        store(maxima, broadcast(kMinusInfinity));
+        continue;
+      }
     }
     BlockSum part = sum_block(block, size, reference);
     if (greater_lanes(part.max, broadcast(reference + kSlack)) != 0) {
@@ -243,18 +262,49 @@ static BeamSearchChunkSum scan_chunk(const T* logits, int64_t count, int64_t fir
       part = sum_block(block, size, reference);
     }
     sum += __builtin_convertvector(part.sum, VecD);
-    if (greater_lanes(part.max, broadcast(best.threshold())) != 0)
-      offer_block(block, size, first_token + begin, eos_token, best);
+    store(maxima, part.max);
   }
   double total = 0.0;
   for (int lane = 0; lane < kVec; ++lane) total += sum[lane];
   return {total, reference};
 }
 
+// --- selection ------------------------------------------------------------------------------
+
+// A bound below which no candidate can be: the maxima are logits of different tokens, so at least
+// K of the tokens that go on reach the one of rank K + 1. `keys` has room for K + 1.
+static float candidate_floor(const float* maxima, int64_t count, uint64_t* keys, int64_t beams) {
+  if (count <= beams) return kMinusInfinity;
+  TopKeys best(keys, beams + 1, kMinusInfinity);
+  offer_block(maxima, count, 0, -1, best);
+  if (!best.is_full()) return kMinusInfinity;
+  const float reached = best.threshold();
+  // Candidates are above the floor, and those that reach the bound are among them.
+  return reached - (std::fabs(reached) * 1e-6f + 1e-30f);
+}
+
+// The best of `count` tokens from first_token on, largest first; returns how many. Only blocks
+// whose maximum is among the best so far are read again.
+template <typename T>
+static int64_t select(const T* logits, int64_t count, int64_t first_token, int64_t eos_token,
+                      const float* maxima, uint64_t* keys, int64_t beams) {
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  TopKeys best(keys, beams, candidate_floor(maxima, blocks * kVec, keys, beams));
+  for (int64_t i = 0; i < blocks; ++i) {
+    if (greater_lanes(load(maxima + i * kVec), broadcast(best.threshold())) == 0) continue;
+    const int64_t begin = i * kBlock;
+    const int64_t size = count - begin < kBlock ? count - begin : kBlock;
+    offer_block(logits + begin, size, first_token + begin, eos_token, best);
+  }
+  best.sort();
+  return best.count();
+}
+
 template <typename T>
 static void scan_part(const BeamSearch& p, int64_t part) {
   const int64_t end = beam_search_part_begin(p, part + 1);
   p.part_counts[part] = 0;
+  Scratch<float> maxima((p.vocabulary + kBlock - 1) / kBlock * kVec);
   for (int64_t i = beam_search_part_begin(p, part); i < end;) {
     const int64_t row = i / p.chunks;
     const int64_t next_row = (row + 1) * p.chunks;
@@ -262,18 +312,23 @@ static void scan_part(const BeamSearch& p, int64_t part) {
       i = next_row;
       continue;
     }
-    const bool is_start = i % p.chunks == 0;
     const T* logits = static_cast<const T*>(p.logits) + row / p.beams * p.stride_batch +
                       row % p.beams * p.stride_beam;
-    TopKeys best((is_start ? p.row_keys + row * p.beams : p.part_keys + part * p.beams), p.beams,
-                 0);
+    const int64_t first_chunk = i % p.chunks;
+    const int64_t first_token = first_chunk * kBeamSearchChunk;
+    int64_t token = first_token;
     for (; i < end && i < next_row; ++i) {
-      const int64_t token = i % p.chunks * kBeamSearchChunk;
       const int64_t rest = p.vocabulary - token;
       const int64_t count = rest < kBeamSearchChunk ? rest : kBeamSearchChunk;
-      p.chunk_sums[i] = scan_chunk(logits + token, count, token, p.eos_token, best);
+      float* chunk_maxima = maxima.data() + (token - first_token) / kBlock * kVec;
+      p.chunk_sums[i] = sum_chunk(logits + token, count, chunk_maxima);
+      token += count;
     }
-    (is_start ? p.row_counts[row] : p.part_counts[part]) = best.count();
+    const bool is_start = first_chunk == 0;
+    uint64_t* keys = is_start ? p.row_keys + row * p.slot : p.part_keys + part * p.slot;
+    (is_start ? p.row_counts[row] : p.part_counts[part]) =
+        select(logits + first_token, token - first_token, first_token, p.eos_token, maxima.data(),
+               keys, p.beams);
   }
 }
 
@@ -342,13 +397,16 @@ static float logit_at(const BeamSearch& p, int64_t row, int64_t token) {
 // A row's possible candidates, its K best and the end of sequence, best first. Returns how many.
 static int64_t row_candidates(const BeamSearch& p, int64_t row, Candidate* candidates) {
   if (!is_possible(p.scores[row])) return 0;
-  TopKeys best(p.row_keys + row * p.beams, p.beams, p.row_counts[row]);
+  uint64_t* keys = p.row_keys + row * p.slot;
+  int64_t key_count = p.row_counts[row];
   for (int64_t part = 1; part < p.parts; ++part) {
     const int64_t begin = beam_search_part_begin(p, part);
     if (begin <= row * p.chunks || begin >= (row + 1) * p.chunks) continue;
-    for (int64_t i = 0; i < p.part_counts[part]; ++i) best.offer(p.part_keys[part * p.beams + i]);
+    TopKeys best(keys, p.beams, key_count);
+    for (int64_t i = 0; i < p.part_counts[part]; ++i) best.offer(p.part_keys[part * p.slot + i]);
+    best.sort();
+    key_count = best.count();
   }
-  best.sort();
 
   const double normaliser = log_sum_exp(p.chunk_sums + row * p.chunks, p.chunks);
   const double score = p.scores[row];
@@ -361,8 +419,8 @@ static int64_t row_candidates(const BeamSearch& p, int64_t row, Candidate* candi
   const float eos_logit = logit_at(p, row, p.eos_token);
   const uint64_t eos_key = make_key(eos_logit, p.eos_token);
   bool is_eos_due = true;
-  for (int64_t i = 0; i < best.count(); ++i) {
-    const uint64_t key = p.row_keys[row * p.beams + i];
+  for (int64_t i = 0; i < key_count; ++i) {
+    const uint64_t key = keys[i];
     if (is_eos_due && eos_key > key) {
       append(eos_logit, p.eos_token);
       is_eos_due = false;
