@@ -57,6 +57,14 @@ FUSED_ATTN_INLINE void for_vectors(int64_t width, Body&& body) {
   if (i < width) body(i, width - i, 0);
 }
 
+// Asks for the lines of columns [i, i + kSlots * kVec) of a row that is read next.
+template <typename T>
+FUSED_ATTN_INLINE void prefetch(const T* row, int64_t i) {
+#pragma GCC unroll 8
+  for (int64_t k = 0; k < kSlots * kVec; k += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(row + i + k);
+}
+
 FUSED_ATTN_INLINE float total_of(const Vec (&slots)[kSlots]) {
   return reduce_add((slots[0] + slots[1]) + (slots[2] + slots[3]));
 }
@@ -114,7 +122,14 @@ static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t be
     // what the estimate lost to rounding.
     Vec deviations[kSlots] = {};
     Vec squares[kSlots] = {};
+    const int64_t next = std::min(r + 1, end - 1);
+    const T* next_x = row_of<T>(p.x, next);
+    const T* next_residual = kHasResidual ? row_of<T>(p.residual, next) : nullptr;
     for_vectors(width, [&](int64_t i, auto lanes, int slot) {
+      if (slot == 0) {
+        prefetch(next_x, i);
+        if constexpr (kHasResidual) prefetch(next_residual, i);
+      }
       const Vec d = zero_beyond(load(sum + i) - estimate, lanes);
       deviations[slot] += d;
       squares[slot] += d * d;
@@ -177,7 +192,7 @@ struct BackwardRow {
 };
 
 template <typename T, bool kHasDropout>
-static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, int64_t r,
+static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, int64_t r, int64_t next,
                                           float* normalised, uint32_t* random) {
   const int64_t width = p.width;
   const T* x = row_of<T>(p.x, r);
@@ -197,9 +212,17 @@ static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, int64_t
   row.grad_x = static_cast<T*>(p.grad_x) + r * width;
   row.grad_residual = p.grad_residual ? static_cast<T*>(p.grad_residual) + r * width : nullptr;
 
+  const T* next_x = row_of<T>(p.x, next);
+  const T* next_residual = residual ? row_of<T>(p.residual, next) : nullptr;
+  const T* next_grad = row_of<T>(p.grad_output, next);
   Vec sums[kSlots] = {};
   Vec products[kSlots] = {};
   for_vectors(width, [&](int64_t i, auto lanes, int slot) {
+    if (slot == 0) {
+      prefetch(next_x, i);
+      if (residual) prefetch(next_residual, i);
+      prefetch(next_grad, i);
+    }
     Vec s = load_lanes(x + i, lanes);
     if (recompute_drop) s = drop<kHasDropout>(s, row.keep, i, scale);
     if (residual) s += load_lanes(residual + i, lanes);
@@ -264,7 +287,8 @@ static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_
       const int count = static_cast<int>(std::min<int64_t>(kGroup, last - r));
       BackwardRow<T> rows[kGroup];
       for (int k = 0; k < count; ++k)
-        rows[k] = backward_statistics<T, kHasDropout>(p, r + k, normalised.data() + k * row_room,
+        rows[k] = backward_statistics<T, kHasDropout>(p, r + k, std::min(r + k + 1, p.rows - 1),
+                                                      normalised.data() + k * row_room,
                                                       random.data() + k * random_room);
       if (count == kGroup) {
         backward_gradients<T, kHasDropout, kHasParameters, kGroup>(p, rows, partial_weight,
