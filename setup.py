@@ -27,8 +27,8 @@ CSRC = ROOT / "csrc"
 # could be the copies that the linker keeps.
 X86_TARGETS = {
     "baseline": "",
-    "avx2": "avx2,fma,f16c,bmi2",
-    "avx512": "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prefer-vector-width=512",
+    "avx2": "avx2,fma,f16c,bmi2,prfchw",
+    "avx512": "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prfchw,prefer-vector-width=512",
 }
 
 

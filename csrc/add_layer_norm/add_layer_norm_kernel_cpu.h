@@ -57,12 +57,21 @@ FUSED_ATTN_INLINE void for_vectors(int64_t width, Body&& body) {
   if (i < width) body(i, width - i, 0);
 }
 
-// Asks for the lines of columns [i, i + kSlots * kVec) of a row that is read next.
+// The processor's own prefetcher does not cross from one row to the next in time. So each pass
+// over a row, which finds its data in the cache, asks for a part of what the passes to come need:
+// the lines of columns [i, i + kSlots * kVec) of another row. Called for slot 0 alone.
 template <typename T>
 FUSED_ATTN_INLINE void prefetch(const T* row, int64_t i) {
 #pragma GCC unroll 8
   for (int64_t k = 0; k < kSlots * kVec; k += 64 / static_cast<int64_t>(sizeof(T)))
     __builtin_prefetch(row + i + k);
+}
+
+template <typename T>
+FUSED_ATTN_INLINE void prefetch_to_write(T* row, int64_t i) {
+#pragma GCC unroll 8
+  for (int64_t k = 0; k < kSlots * kVec; k += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(row + i + k, 1);
 }
 
 FUSED_ATTN_INLINE float total_of(const Vec (&slots)[kSlots]) {
@@ -94,6 +103,7 @@ static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t be
   const Vec scale = broadcast(p.keep_scale);
   Scratch<float> row(padded(width));
   Scratch<uint32_t> random(kHasDropout ? dropout_keep_capacity(width) : 0);
+  const PhiloxKeys keys(p.seed);
   float* sum = row.data();
 
   for (int64_t r = begin; r < end; ++r) {
@@ -101,11 +111,13 @@ static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t be
     const T* residual = kHasResidual ? row_of<T>(p.residual, r) : nullptr;
     const uint32_t* keep = nullptr;
     if constexpr (kHasDropout)
-      keep = dropout_keep(p.seed, p.keep_threshold, r * width, width, random.data());
+      keep = dropout_keep(keys, p.keep_threshold, r * width, width, random.data());
 
+    T* output = static_cast<T*>(p.output) + r * width;
     T* sum_out = p.sum ? static_cast<T*>(p.sum) + r * width : nullptr;
     Vec totals[kSlots] = {};
     for_vectors(width, [&](int64_t i, auto lanes, int slot) {
+      if (slot == 0) prefetch_to_write(output, i);
       Vec s = drop<kHasDropout>(load_lanes(x + i, lanes), keep, i, scale);
       if constexpr (kHasResidual) s += load_lanes(residual + i, lanes);
       if (sum_out) {
@@ -126,10 +138,7 @@ static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t be
     const T* next_x = row_of<T>(p.x, next);
     const T* next_residual = kHasResidual ? row_of<T>(p.residual, next) : nullptr;
     for_vectors(width, [&](int64_t i, auto lanes, int slot) {
-      if (slot == 0) {
-        prefetch(next_x, i);
-        if constexpr (kHasResidual) prefetch(next_residual, i);
-      }
+      if (slot == 0) prefetch(next_x, i);
       const Vec d = zero_beyond(load(sum + i) - estimate, lanes);
       deviations[slot] += d;
       squares[slot] += d * d;
@@ -139,8 +148,9 @@ static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t be
         std::max(total_of(squares) * inverse_width - correction * correction, 0.0f);
     const float rstd = 1.0f / std::sqrt(variance + p.eps);
 
-    T* output = static_cast<T*>(p.output) + r * width;
-    for_vectors(width, [&](int64_t i, auto lanes, int) {
+    for_vectors(width, [&](int64_t i, auto lanes, int slot) {
+      if constexpr (kHasResidual)
+        if (slot == 0) prefetch(next_residual, i);
       const Vec normalised = ((load(sum + i) - estimate) - correction) * rstd;
       store_lanes(output + i,
                   normalised * load_lanes(p.weight + i, lanes) + load_lanes(p.bias + i, lanes),
@@ -173,11 +183,22 @@ void add_layer_norm_forward(const AddLayerNormForward& p, int64_t begin, int64_t
 
 // --- backward -------------------------------------------------------------------------------
 
-// Rows that share one read and write of the partial gradients of weight and bias.
-constexpr int kGroup = 4;
+// Rows that share one read and write of the partial gradients of weight and bias. More would not
+// fit into the first-level cache.
+constexpr int kGroup = 2;
 
-// What the second pass needs to know of a row. With y = normalised sum and g = grad_output *
-// weight: grad_sum_total = rstd * (g - mean(g) - y * mean(g * y)) + grad_sum.
+// The value itself, which the compiler must round: a fused multiply-add would not.
+FUSED_ATTN_INLINE Vec rounded(Vec v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
+// What the second pass over a row needs to know. With y = the normalised sum and g = grad_output *
+// weight, the gradient of the sum is rstd * (g - mean(g) - y * mean(g * y)) + grad_sum.
 template <typename T>
 struct BackwardRow {
   const T* grad_output;
@@ -187,86 +208,109 @@ struct BackwardRow {
   T* grad_x;
   T* grad_residual;
   float rstd;
-  float mean_gradient;  // mean(g)
-  float slope;          // mean(g * y)
+  float mean_g;
+  float mean_gy;
+  // What the second pass asks for.
+  const T* next_grad_output;
+  T* next_grad_x;
 };
 
+// First pass over row r: y, and the means.
 template <typename T, bool kHasDropout>
-static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, int64_t r, int64_t next,
-                                          float* normalised, uint32_t* random) {
+static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, const PhiloxKeys& keys,
+                                          int64_t r, float* normalised, uint32_t* random) {
   const int64_t width = p.width;
+  const int64_t next = std::min(r + kGroup, p.rows - 1);
   const T* x = row_of<T>(p.x, r);
+  const T* next_x = row_of<T>(p.x, next);
   const T* residual = p.residual.data ? row_of<T>(p.residual, r) : nullptr;
-  const bool recompute_drop = kHasDropout && !p.x_is_sum;
+  const T* next_residual = p.residual.data ? row_of<T>(p.residual, next) : nullptr;
+  const T* grad_output = row_of<T>(p.grad_output, r);
+  const uint32_t* keep = nullptr;
+  if constexpr (kHasDropout) keep = dropout_keep(keys, p.keep_threshold, r * width, width, random);
   const Vec scale = broadcast(p.keep_scale);
   const Vec mean = broadcast(p.mean[r]);
   const Vec rstd = broadcast(p.rstd[r]);
 
-  BackwardRow<T> row;
-  row.grad_output = row_of<T>(p.grad_output, r);
-  row.grad_sum = p.grad_sum.data ? row_of<T>(p.grad_sum, r) : nullptr;
-  row.normalised = normalised;
-  row.keep = nullptr;
-  if constexpr (kHasDropout)
-    row.keep = dropout_keep(p.seed, p.keep_threshold, r * width, width, random);
-  row.grad_x = static_cast<T*>(p.grad_x) + r * width;
-  row.grad_residual = p.grad_residual ? static_cast<T*>(p.grad_residual) + r * width : nullptr;
-
-  const T* next_x = row_of<T>(p.x, next);
-  const T* next_residual = residual ? row_of<T>(p.residual, next) : nullptr;
-  const T* next_grad = row_of<T>(p.grad_output, next);
   Vec sums[kSlots] = {};
   Vec products[kSlots] = {};
   for_vectors(width, [&](int64_t i, auto lanes, int slot) {
     if (slot == 0) {
       prefetch(next_x, i);
       if (residual) prefetch(next_residual, i);
-      prefetch(next_grad, i);
     }
     Vec s = load_lanes(x + i, lanes);
-    if (recompute_drop) s = drop<kHasDropout>(s, row.keep, i, scale);
+    if (!p.x_is_sum) s = drop<kHasDropout>(s, keep, i, scale);
     if (residual) s += load_lanes(residual + i, lanes);
     const Vec y = (s - mean) * rstd;
     store(normalised + i, y);
     // Lanes beyond the row have g = 0.
-    const Vec g = load_lanes(row.grad_output + i, lanes) * load_lanes(p.weight + i, lanes);
+    const Vec g = load_lanes(grad_output + i, lanes) * load_lanes(p.weight + i, lanes);
     sums[slot] += g;
     products[slot] += g * y;
   });
+
+  BackwardRow<T> row;
+  row.grad_output = grad_output;
+  row.grad_sum = p.grad_sum.data ? row_of<T>(p.grad_sum, r) : nullptr;
+  row.normalised = normalised;
+  row.keep = keep;
+  row.grad_x = static_cast<T*>(p.grad_x) + r * width;
+  row.grad_residual = p.grad_residual ? static_cast<T*>(p.grad_residual) + r * width : nullptr;
   row.rstd = p.rstd[r];
-  row.mean_gradient = total_of(sums) / static_cast<float>(width);
-  row.slope = total_of(products) / static_cast<float>(width);
+  row.mean_g = total_of(sums) / static_cast<float>(width);
+  row.mean_gy = total_of(products) / static_cast<float>(width);
+  row.next_grad_output = row_of<T>(p.grad_output, next);
+  row.next_grad_x = static_cast<T*>(p.grad_x) + next * width;
   return row;
 }
 
-template <typename T, bool kHasDropout, bool kHasParameters, int kRows>
+// Second pass over kRows rows: the gradients.
+template <typename T, bool kHasDropout, bool kHasGradSum, int kRows>
 static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<T>* rows,
                                float* partial_weight, float* partial_bias) {
   const Vec scale = broadcast(p.keep_scale);
-  for_vectors(p.width, [&](int64_t i, auto lanes, int) {
+  for_vectors(p.width, [&](int64_t i, auto lanes, int slot) {
     const Vec weight = load_lanes(p.weight + i, lanes);
     Vec grad_weight = {};
     Vec grad_bias = {};
-#pragma GCC unroll 4
+    Vec grads[kRows];
+    // Every load comes before every store. Rows of a round width begin at one offset within a
+    // page, and the processor takes a load that follows such a store for a read of what it wrote.
+    if (partial_weight) {
+      grad_weight = load_lanes(partial_weight + i, lanes);
+      grad_bias = load_lanes(partial_bias + i, lanes);
+    }
+#pragma GCC unroll 2
     for (int k = 0; k < kRows; ++k) {
       const BackwardRow<T>& row = rows[k];
+      if (slot == 0) {
+        prefetch(row.next_grad_output, i);
+        prefetch_to_write(row.next_grad_x, i);
+      }
       const Vec grad_output = load_lanes(row.grad_output + i, lanes);
       const Vec y = load(row.normalised + i);
       grad_weight += grad_output * y;
       grad_bias += grad_output;
-      Vec grad = (grad_output * weight - row.mean_gradient - y * row.slope) * row.rstd;
-      if (row.grad_sum) grad += load_lanes(row.grad_sum + i, lanes);
-      if (row.grad_residual) store_lanes(row.grad_residual + i, grad, lanes);
-      store_lanes(row.grad_x + i, drop<kHasDropout>(grad, row.keep, i, scale), lanes);
+      // The first pass summed g as rounded: what is not does not cancel to 0 at width 1.
+      const Vec g = rounded(grad_output * weight);
+      grads[k] = (g - row.mean_g - y * row.mean_gy) * row.rstd;
+      if constexpr (kHasGradSum) grads[k] += load_lanes(row.grad_sum + i, lanes);
     }
-    if constexpr (kHasParameters) {
-      store_lanes(partial_weight + i, load_lanes(partial_weight + i, lanes) + grad_weight, lanes);
-      store_lanes(partial_bias + i, load_lanes(partial_bias + i, lanes) + grad_bias, lanes);
+#pragma GCC unroll 2
+    for (int k = 0; k < kRows; ++k) {
+      const BackwardRow<T>& row = rows[k];
+      if (kHasDropout && row.grad_residual) store_lanes(row.grad_residual + i, grads[k], lanes);
+      store_lanes(row.grad_x + i, drop<kHasDropout>(grads[k], row.keep, i, scale), lanes);
+    }
+    if (partial_weight) {
+      store_lanes(partial_weight + i, grad_weight, lanes);
+      store_lanes(partial_bias + i, grad_bias, lanes);
     }
   });
 }
 
-template <typename T, bool kHasDropout, bool kHasParameters>
+template <typename T, bool kHasDropout, bool kHasGradSum>
 static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_t begin,
                                            int64_t end) {
   const int64_t width = p.width;
@@ -274,30 +318,28 @@ static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_
   const int64_t random_room = kHasDropout ? dropout_keep_capacity(width) : 0;
   Scratch<float> normalised(kGroup * row_room);
   Scratch<uint32_t> random(kGroup * random_room);
+  const PhiloxKeys keys(p.seed);
 
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    float* partial_weight = kHasParameters ? p.partial_weight + chunk * width : nullptr;
-    float* partial_bias = kHasParameters ? p.partial_bias + chunk * width : nullptr;
-    if constexpr (kHasParameters) {
+    float* partial_weight = p.partial_weight ? p.partial_weight + chunk * width : nullptr;
+    float* partial_bias = p.partial_bias ? p.partial_bias + chunk * width : nullptr;
+    if (partial_weight) {
       std::fill_n(partial_weight, width, 0.0f);
       std::fill_n(partial_bias, width, 0.0f);
     }
     const int64_t last = std::min(p.rows, (chunk + 1) * p.chunk_rows);
     for (int64_t r = chunk * p.chunk_rows; r < last; r += kGroup) {
-      const int count = static_cast<int>(std::min<int64_t>(kGroup, last - r));
+      static_assert(kGroup == 2, "the last group of a chunk is whole or one row");
+      const int count = last - r >= kGroup ? kGroup : 1;
       BackwardRow<T> rows[kGroup];
       for (int k = 0; k < count; ++k)
-        rows[k] = backward_statistics<T, kHasDropout>(p, r + k, std::min(r + k + 1, p.rows - 1),
-                                                      normalised.data() + k * row_room,
-                                                      random.data() + k * random_room);
-      if (count == kGroup) {
-        backward_gradients<T, kHasDropout, kHasParameters, kGroup>(p, rows, partial_weight,
-                                                                   partial_bias);
-      } else {
-        for (int k = 0; k < count; ++k)
-          backward_gradients<T, kHasDropout, kHasParameters, 1>(p, rows + k, partial_weight,
+        rows[k] = backward_statistics<T, kHasDropout>(
+            p, keys, r + k, normalised.data() + k * row_room, random.data() + k * random_room);
+      if (count == kGroup)
+        backward_gradients<T, kHasDropout, kHasGradSum, kGroup>(p, rows, partial_weight,
                                                                 partial_bias);
-      }
+      else
+        backward_gradients<T, kHasDropout, kHasGradSum, 1>(p, rows, partial_weight, partial_bias);
     }
   }
 }
@@ -305,12 +347,12 @@ static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_
 template <typename T>
 static void add_layer_norm_backward_typed(const AddLayerNormBackward& p, int64_t begin,
                                           int64_t end) {
-  const bool parameters = p.partial_weight != nullptr;
-  if (p.keep_threshold != 0)
-    return parameters ? add_layer_norm_backward_chunks<T, true, true>(p, begin, end)
-                      : add_layer_norm_backward_chunks<T, true, false>(p, begin, end);
-  return parameters ? add_layer_norm_backward_chunks<T, false, true>(p, begin, end)
-                    : add_layer_norm_backward_chunks<T, false, false>(p, begin, end);
+  const bool dropout = p.keep_threshold != 0;
+  const bool grad_sum = p.grad_sum.data != nullptr;
+  if (dropout && grad_sum) return add_layer_norm_backward_chunks<T, true, true>(p, begin, end);
+  if (dropout) return add_layer_norm_backward_chunks<T, true, false>(p, begin, end);
+  if (grad_sum) return add_layer_norm_backward_chunks<T, false, true>(p, begin, end);
+  return add_layer_norm_backward_chunks<T, false, false>(p, begin, end);
 }
 
 void add_layer_norm_backward(const AddLayerNormBackward& p, int64_t begin, int64_t end) {

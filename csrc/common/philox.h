@@ -42,73 +42,101 @@ FUSED_ATTN_INLINE Vec64 counter_of_lane() {
   return r;
 }
 
-// Words of counters [counter, counter + kCounters), compared with the threshold: all ones where
-// the word is at least that. 4 * kCounters results, in the order of the elements.
-FUSED_ATTN_INLINE void philox_keep(uint64_t seed, uint32_t threshold, uint64_t counter,
+// The keys of each round, ready for the vector of words that they change.
+struct PhiloxKeys {
+  explicit PhiloxKeys(uint64_t seed) {
+    uint32_t key_0 = static_cast<uint32_t>(seed);
+    uint32_t key_1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      first[round] = Vec64{} + key_0;
+      second[round] = Vec64{} + key_1;
+      key_0 += 0x9E3779B9u;
+      key_1 += 0xBB67AE85u;
+    }
+  }
+
+  Vec64 first[10];
+  Vec64 second[10];
+};
+
+// Lanes (2 i, 2 i + 1) of the result hold lane 2 i (+ 1 with kOdd) of a and of b.
+template <bool kOdd>
+FUSED_ATTN_INLINE Vec64 interleave(Vec64 a, Vec64 b) {
+#if defined(FUSED_ATTN_ISA_AVX512)
+  const __m512i x = reinterpret_cast<__m512i>(a);
+  const __m512i y = reinterpret_cast<__m512i>(b);
+  return reinterpret_cast<Vec64>(kOdd ? _mm512_unpackhi_epi64(x, y) : _mm512_unpacklo_epi64(x, y));
+#elif defined(FUSED_ATTN_ISA_AVX2)
+  const __m256i x = reinterpret_cast<__m256i>(a);
+  const __m256i y = reinterpret_cast<__m256i>(b);
+  return reinterpret_cast<Vec64>(kOdd ? _mm256_unpackhi_epi64(x, y) : _mm256_unpacklo_epi64(x, y));
+#else
+  Vec64 r;
+  for (int lane = 0; lane < kCounters; lane += 2) {
+    r[lane] = a[lane + kOdd];
+    r[lane + 1] = b[lane + kOdd];
+  }
+  return r;
+#endif
+}
+
+// Blocks of counters that are computed side by side: each round waits for the one before it, so
+// one block alone would leave the multipliers idle.
+constexpr int kBlocks = 2;
+constexpr int64_t kBlockElements = 4 * kBlocks * kCounters;
+
+// The words of kBlocks * kCounters counters, compared with the threshold: all ones where a word is
+// at least that, in the order of the elements.
+FUSED_ATTN_INLINE void philox_keep(const PhiloxKeys& keys, uint32_t threshold, uint64_t counter,
                                    uint32_t* keep) {
   const Vec64 multiplier_0 = Vec64{} + 0xD2511F53u;
   const Vec64 multiplier_1 = Vec64{} + 0xCD9E8D57u;
-  const Vec64 index = counter_of_lane() + counter;
-  Vec64 word_0 = index;
-  Vec64 word_1 = index >> 32;
-  Vec64 word_2 = Vec64{};
-  Vec64 word_3 = Vec64{};
-  uint32_t key_0 = static_cast<uint32_t>(seed);
-  uint32_t key_1 = static_cast<uint32_t>(seed >> 32);
+  Vec64 words[kBlocks][4];
+  for (int b = 0; b < kBlocks; ++b) {
+    const Vec64 index = counter_of_lane() + (counter + b * kCounters);
+    words[b][0] = index;
+    words[b][1] = index >> 32;
+    words[b][2] = Vec64{};
+    words[b][3] = Vec64{};
+  }
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const Vec64 product_0 = multiply_low(word_0, multiplier_0);
-    const Vec64 product_1 = multiply_low(word_2, multiplier_1);
-    word_0 = (product_1 >> 32) ^ word_1 ^ (Vec64{} + key_0);
-    word_2 = (product_0 >> 32) ^ word_3 ^ (Vec64{} + key_1);
-    word_1 = product_1;
-    word_3 = product_0;
-    key_0 += 0x9E3779B9u;
-    key_1 += 0xBB67AE85u;
+    for (auto& word : words) {
+      const Vec64 product_0 = multiply_low(word[0], multiplier_0);
+      const Vec64 product_1 = multiply_low(word[2], multiplier_1);
+      word[0] = (product_1 >> 32) ^ word[1] ^ keys.first[round];
+      word[2] = (product_0 >> 32) ^ word[3] ^ keys.second[round];
+      word[1] = product_1;
+      word[3] = product_0;
+    }
   }
-  const Vec64 first = (word_0 & 0xFFFFFFFFu) | (word_1 << 32);
-  const Vec64 second = (word_2 & 0xFFFFFFFFu) | (word_3 << 32);
-  Vec64 low;
-  Vec64 high;
-#if defined(FUSED_ATTN_ISA_AVX512)
-  low = reinterpret_cast<Vec64>(
-      _mm512_unpacklo_epi64(reinterpret_cast<__m512i>(first), reinterpret_cast<__m512i>(second)));
-  high = reinterpret_cast<Vec64>(
-      _mm512_unpackhi_epi64(reinterpret_cast<__m512i>(first), reinterpret_cast<__m512i>(second)));
-#elif defined(FUSED_ATTN_ISA_AVX2)
-  low = reinterpret_cast<Vec64>(
-      _mm256_unpacklo_epi64(reinterpret_cast<__m256i>(first), reinterpret_cast<__m256i>(second)));
-  high = reinterpret_cast<Vec64>(
-      _mm256_unpackhi_epi64(reinterpret_cast<__m256i>(first), reinterpret_cast<__m256i>(second)));
-#else
-  for (int lane = 0; lane < kCounters; lane += 2) {
-    low[lane] = first[lane];
-    low[lane + 1] = second[lane];
-    high[lane] = first[lane + 1];
-    high[lane + 1] = second[lane + 1];
-  }
-#endif
   const VecU least = VecU{} + threshold;
-  const VecI keep_low = reinterpret_cast<VecU>(low) >= least;
-  const VecI keep_high = reinterpret_cast<VecU>(high) >= least;
-  std::memcpy(keep, &keep_low, sizeof(keep_low));
-  std::memcpy(keep + kVec, &keep_high, sizeof(keep_high));
+  for (const auto& word : words) {
+    const Vec64 front = (word[0] & 0xFFFFFFFFu) | (word[1] << 32);
+    const Vec64 back = (word[2] & 0xFFFFFFFFu) | (word[3] << 32);
+    const VecI low = reinterpret_cast<VecU>(interleave<false>(front, back)) >= least;
+    const VecI high = reinterpret_cast<VecU>(interleave<true>(front, back)) >= least;
+    std::memcpy(keep, &low, sizeof(low));
+    std::memcpy(keep + kVec, &high, sizeof(high));
+    keep += 2 * kVec;
+  }
 }
 
 // Room that `dropout_keep` needs for `count` elements, the last of which may be read as a vector.
 inline int64_t dropout_keep_capacity(int64_t count) {
-  constexpr int64_t kBlock = 4 * kCounters;
-  return (count + 3 + kVec + kBlock - 1) / kBlock * kBlock;
+  return (count + 3 + kVec + kBlockElements - 1) / kBlockElements * kBlockElements;
 }
 
 // The dropout mask of elements [first, first + count): all ones where the element is kept, else
 // zero. Writes to `buffer` and returns where in it the first element is.
-FUSED_ATTN_INLINE const uint32_t* dropout_keep(uint64_t seed, uint32_t threshold, int64_t first,
-                                               int64_t count, uint32_t* buffer) {
+FUSED_ATTN_INLINE const uint32_t* dropout_keep(const PhiloxKeys& keys, uint32_t threshold,
+                                               int64_t first, int64_t count, uint32_t* buffer) {
   const int64_t skip = first % 4;
   uint64_t counter = static_cast<uint64_t>(first / 4);
-  for (int64_t done = 0; done < skip + count; done += 4 * kCounters, counter += kCounters)
-    philox_keep(seed, threshold, counter, buffer + done);
+  for (int64_t done = 0; done < skip + count; done += kBlockElements) {
+    philox_keep(keys, threshold, counter, buffer + done);
+    counter += kBlocks * kCounters;
+  }
   return buffer + skip;
 }
 
