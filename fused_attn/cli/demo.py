@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo_output", metavar="DIR", help="default: demo_output")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument(
-        "--updates", type=int, default=900, metavar="N", help="most updates; default: 900"
+        "--updates", type=int, default=1600, metavar="N", help="most updates; default: 1600"
     )
     parser.add_argument(
         "--max-minutes", type=float, default=3.5, metavar="M", help="of training; default: 3.5"
@@ -195,15 +195,15 @@ def _train(
         model,
         dataset,
         TrainingConfig(
-            learning_rate=3e-3,
-            warmup_steps=100,
+            learning_rate=2.5e-3,
+            warmup_steps=150,
             label_smoothing=0.0,
-            max_tokens=2048,
+            max_tokens=1024,
             # Half of the training is spent on settling: it is worth more here than large steps.
             cooldown_steps=arguments.updates // 2,
             max_steps=arguments.updates,
             max_minutes=arguments.max_minutes,
-            log_every=50,
+            log_every=100,
             seed=arguments.seed,
         ),
         model_config=model.config.to_dict(),

@@ -206,8 +206,8 @@ def time_to_chinese(hour: int, minute: int, *, style: int = 0, half_day: bool = 
 def romanize(text: str) -> str:
     """Write Chinese of these sentences in pinyin, one syllable a character, spaced.
 
-    For places that cannot show Chinese, like a plot on a machine without a Chinese font. Other
-    characters stay as they are.
+    For places that cannot show Chinese, like a plot on a machine without a Chinese font.
+    Characters that these sentences do not have stay as they are.
     """
     return " ".join(_PINYIN.get(character, character) for character in text)
 
@@ -435,6 +435,6 @@ _PINYIN = dict(
         "在:zài 起:qǐ 床:chuáng 火:huǒ 车:chē 出:chū 发:fā 商:shāng 店:diàn 开:kāi 门:mén "
         "电:diàn 影:yǐng 始:shǐ 我:wǒ 你:nǐ 他:tā 她:tā 们:men 妈:mā 老:lǎo 师:shī 本:běn "
         "书:shū 张:zhāng 票:piào 苹:píng 果:guǒ 把:bǎ 椅:yǐ 只:zhī 猫:māo 辆:liàng 汽:qì "
-        "封:fēng 信:xìn 瓶:píng 水:shuǐ 棵:kē 树:shù"
+        "封:fēng 信:xìn 瓶:píng 水:shuǐ 棵:kē 树:shù 。:."
     )
 )
