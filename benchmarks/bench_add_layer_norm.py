@@ -1,0 +1,39 @@
+"""Add & Norm beside eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_attn.ops._cases import Case
+
+from .measured import Run, ours, parametrize, time_provider
+
+OP = "add_layer_norm"
+
+
+def peer(case: Case) -> Run:
+    """``layer_norm(dropout(x) + residual)``, as a model in plain PyTorch has it."""
+
+    def run(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        x = inputs["x"]
+        if inputs["dropout_p"] > 0.0:
+            x = F.dropout(x, inputs["dropout_p"])
+        total = x + inputs["residual"]
+        output = F.layer_norm(
+            total, total.shape[-1:], inputs.get("weight"), inputs.get("bias"), inputs["eps"]
+        )
+        return (output, total) if inputs["return_sum"] else (output,)
+
+    return run
+
+
+@parametrize(OP)
+@pytest.mark.parametrize("provider", ["fused_attn", "torch"])
+def test_add_layer_norm(benchmark: Any, case: Case, direction: str, provider: str) -> None:
+    run = ours(case) if provider == "fused_attn" else peer(case)
+    time_provider(benchmark, case, direction, provider, run)

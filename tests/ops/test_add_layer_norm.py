@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_attn import add_layer_norm
+from fused_attn.ops._philox import keep_mask
+from fused_attn.validation import compare, fused_backends
+from tests.triton_tools.ahead_of_time import (
+    SHARED_MEMORY_LIMIT,
+    TARGETS,
+    compile_in_subprocess,
+)
+
+from .suite import OpSuite, assert_bit_equal
+
+BACKENDS = ("reference", *fused_backends("add_layer_norm", "cpu"))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class TestAddLayerNorm(OpSuite):
+    op = "add_layer_norm"
+
+
+def example(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(7)
+    shape = shape or (3, 5, 40)
+    return {
+        "x": torch.randn(shape, generator=generator).to(dtype),
+        "residual": torch.randn(shape, generator=generator).to(dtype),
+        "weight": torch.randn(shape[-1], generator=generator).to(dtype),
+        "bias": torch.randn(shape[-1], generator=generator).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_torch(backend: str) -> None:
+    call = example()
+    output, total = add_layer_norm(**call, return_sum=True, backend=backend)
+    expected_sum = call["x"] + call["residual"]
+    expected = F.layer_norm(expected_sum, (40,), call["weight"], call["bias"])
+    assert_bit_equal("sum", total, expected_sum)
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [12, 13, 64])
+def test_drops_what_philox_says_in_every_backend(backend: str, width: int) -> None:
+    seed = torch.tensor([2**40 + 11])
+    x = torch.ones(6, width)
+    _, total = add_layer_norm(x, dropout_p=0.3, seed=seed, return_sum=True, backend=backend)
+    kept = keep_mask(seed, x.shape, 0.3)
+    assert 0.5 < kept.float().mean() < 0.9
+    assert_bit_equal("mask", total != 0.0, kept)
+    torch.testing.assert_close(total[kept], torch.full_like(total[kept], 1.0 / 0.7))
+
+
+def test_dropout_follows_the_generator() -> None:
+    x = torch.randn(4, 64)
+    torch.manual_seed(1)
+    first, second = (add_layer_norm(x, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(1)
+    again = add_layer_norm(x, dropout_p=0.5)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("forward", BACKENDS[1:])
+@pytest.mark.parametrize("backward", BACKENDS[1:])
+def test_any_backward_takes_any_forwards_residuals(forward: str, backward: str) -> None:
+    """The gradient through one backend's forward and another's backward is the oracle's."""
+    call = example(dtype=torch.float32)
+    seed = torch.tensor([99])
+    operator = torch.ops.fused_attn
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in call.items()}
+    expected = add_layer_norm(**leaves, dropout_p=0.2, seed=seed)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    oracle = torch.autograd.grad(expected, list(leaves.values()), grad.double())
+    same = {name: tensor.clone().requires_grad_() for name, tensor in call.items()}
+    output = add_layer_norm(**same, dropout_p=0.2, seed=seed, backend="reference")
+    low = torch.autograd.grad(output, list(same.values()), grad)
+
+    _, total, mean, rstd = operator.add_layer_norm_forward(
+        call["x"], call["residual"], call["weight"], call["bias"], seed, 1e-5, 0.2, True, forward
+    )
+    names = [a.name for a in operator.add_layer_norm_backward.default._schema.arguments]
+    values = {
+        "grad_output": grad,
+        "grad_sum": None,
+        "x": total,
+        "residual": None,
+        "mean": mean,
+        "rstd": rstd,
+        "weight": call["weight"],
+        "seed": seed,
+        "dropout_p": 0.2,
+        "x_is_sum": True,
+        "need_grad_residual": True,
+        "need_grad_parameters": True,
+        "backend": backward,
+    }
+    results = operator.add_layer_norm_backward(*(values[name] for name in names))
+    for name, got, want, reference in zip(call, results, oracle, low, strict=True):
+        assert compare(name, got, want, reference).passed, compare(name, got, want, reference)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set(capability: str) -> None:
+    if "cpu" not in BACKENDS:
+        pytest.skip("add_layer_norm: the C++ extension is not available here")
+    command = ["-m", "fused_attn", "validate", "--op", "add_layer_norm", "--backend", "cpu"]
+    result = subprocess.run(
+        [sys.executable, *command, "--quiet"],
+        cwd=ROOT,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    if "cpu" not in BACKENDS:
+        pytest.skip("add_layer_norm: the C++ extension is not available here")
+    x = torch.randn(3, 8, requires_grad=True)
+    (first,) = torch.autograd.grad(
+        add_layer_norm(x, backend="cpu").square().sum(), x, create_graph=True
+    )
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.autograd.grad(first.sum(), x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": 3}, TypeError, "x must be a tensor, got int"),
+        ({"x": torch.zeros(2, 8).long()}, TypeError, "x must have dtype float32, float16"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x must have shape [..., E], got []"),
+        (
+            {"residual": torch.zeros(2, 7)},
+            ValueError,
+            "residual must have the shape of x, [2, 8], got [2, 7]",
+        ),
+        (
+            {"residual": torch.zeros(2, 8).half()},
+            TypeError,
+            "residual must have the dtype of x, float32, got float16",
+        ),
+        (
+            {"residual": torch.zeros(2, 8, device="meta")},
+            ValueError,
+            "residual must be on the device of x, cpu, got meta",
+        ),
+        (
+            {"weight": torch.zeros(7)},
+            ValueError,
+            "weight must have shape [E] with E = 8 (from x), got [7]",
+        ),
+        ({"bias": torch.zeros(8).half()}, TypeError, "bias must have dtype float32"),
+        ({"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p must be in [0, 1), got -0.1"),
+        ({"seed": torch.zeros(2).long()}, ValueError, "seed must have shape [1], got [2]"),
+        ({"seed": torch.zeros(1)}, TypeError, "seed must have dtype int64, got float32"),
+        ({"backend": "tpu"}, ValueError, "unknown backend 'tpu', expected one of"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "_", str(value))[:40] if isinstance(value, str) else None,
+)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=r"^add_layer_norm: .*" + re.escape(message)):
+        add_layer_norm(**{"x": torch.zeros(2, 8), **change})
+
+
+def test_a_named_backend_says_why_it_cannot() -> None:
+    if "cpu" not in BACKENDS:
+        pytest.skip("add_layer_norm: the C++ extension is not available here")
+    with pytest.raises(NotImplementedError) as caught:
+        add_layer_norm(torch.zeros(2, 8, dtype=torch.float64), backend="cpu")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "add_layer_norm: backend 'cpu' cannot run this call:"
+    assert lines[1] == "  x [2, 8] float64 cpu"
+    assert "float64" in lines[2]
+    assert lines[-1].startswith("  available here: ")
+
+
+CALLS = [
+    {"dtype": "float32", "width": 512},
+    {"dtype": "bfloat16", "width": 1024},
+    {"dtype": "bfloat16", "width": 1024, "dropout_p": 0.0, "fp32_parameters": True},
+    {"dtype": "float16", "width": 4096},
+    {"dtype": "bfloat16", "width": 8192},
+    {"dtype": "bfloat16", "width": 16384},
+    {"dtype": "float32", "width": 1021},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_ahead_of_time_without_spills(target: str) -> None:
+    if "triton" not in BACKENDS:
+        pytest.skip("add_layer_norm: triton is not installed")
+    reports = compile_in_subprocess(target, CALLS)
+    # A call launches the forward, and a backward and a reduction twice (from the sum, from x).
+    assert len(reports) == 5 * len(CALLS)
+    for report in reports:
+        assert report["registers"] > 0, report
+        assert report["spilled_bytes"] == 0, report
+        assert report["shared"] <= SHARED_MEMORY_LIMIT[target], report
+        row_kernel = "reduce" not in report["kernel"]
+        if row_kernel and report["call"]["width"] % 16 == 0:
+            assert report["wide_loads"] > 0, report
+            assert report["wide_stores"] > 0, report

@@ -1,0 +1,162 @@
+"""Compiles the launches of a Triton backend for GPUs that are not there, and reads the result.
+
+    python -m tests.triton_tools.ahead_of_time sm_90 < calls.json
+
+A stand-in driver names the target, and every launch is turned into a compilation, so the
+project's own launchers decide signatures, specialisation and launch parameters. Prints one JSON
+object a compiled kernel: registers, spills, shared memory, wide memory instructions. It must be a
+process without TRITON_INTERPRET, in which the kernels would be interpreted functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes that one block may have.
+SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+
+def compile_in_subprocess(target: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Resource reports of all kernels that the calls of ``add_layer_norm`` launch on a target.
+
+    Args:
+        target: One of :data:`TARGETS`.
+        calls: Keyword arguments of :func:`_launch`.
+    """
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.triton_tools.ahead_of_time", target],
+        input=json.dumps(calls),
+        # A cache hit would skip the assembler, whose log has the registers and spills.
+        env={**clean, "TRITON_ALWAYS_COMPILE": "1"},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"compiling for {target} failed:\n{result.stderr[-4000:]}")
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+class _StandInDriver:
+    """What Triton asks of a driver when it compiles without launching."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return f"{self._target.backend}-{self._target.arch}"
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+def _compile(target: str, calls: list[dict[str, Any]]) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64)
+    driver.set_active(_StandInDriver(gpu))
+    launch = JITFunction.run
+    reports = []
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        log = io.StringIO()
+        with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+            triton.knobs.nvidia.dump_ptxas_log = True
+            compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
+        reports.append(_report(kernel.__name__, compiled, log.getvalue()))
+
+    JITFunction.run = compile_only
+    try:
+        for call in calls:
+            count = len(reports)
+            _launch(**call)
+            for report in reports[count:]:
+                report["call"] = call
+    finally:
+        JITFunction.run = launch
+    for report in reports:
+        print(json.dumps(report))
+
+
+def _launch(
+    dtype: str,
+    width: int,
+    rows: int = 4096,
+    dropout_p: float = 0.1,
+    fp32_parameters: bool = False,
+) -> None:
+    """Forward and backward of ``add_layer_norm`` with everything on, on tensors without memory."""
+    import torch
+
+    from fused_attn.ops.add_layer_norm import triton as backend
+
+    kind = getattr(torch, dtype)
+    parameter = torch.float32 if fp32_parameters else kind
+    x, residual, grad = (torch.empty(rows, width, dtype=kind, device="meta") for _ in range(3))
+    weight, bias = (torch.empty(width, dtype=parameter, device="meta") for _ in range(2))
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    statistics = torch.empty(rows, device="meta")
+    backend.forward(x, residual, weight, bias, seed, 1e-5, dropout_p, True)
+    for x_is_sum in (True, False):
+        backend.backward(
+            grad,
+            grad,
+            x,
+            None if x_is_sum else residual,
+            statistics,
+            statistics,
+            weight,
+            seed,
+            dropout_p,
+            x_is_sum,
+            True,
+            True,
+        )
+
+
+def _report(name: str, compiled: Any, log: str) -> dict[str, Any]:
+    def total(pattern: str, text: str) -> int:
+        return sum(int(n) for n in re.findall(pattern, text))
+
+    report = {"kernel": name, "shared": compiled.metadata.shared}
+    if "ptx" in compiled.asm:
+        ptx = compiled.asm["ptx"]
+        if not re.search(r"Used \d+ reg", log):
+            raise RuntimeError(f"{name}: the assembler printed no resource report")
+        return report | {
+            "registers": total(r"Used (\d+) reg", log),
+            "spilled_bytes": total(r"(\d+) bytes spill", log),
+            "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
+            "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", ptx)),
+        }
+    assembly = compiled.asm["amdgcn"]
+    return report | {
+        "registers": total(r"\.vgpr_count:\s*(\d+)", assembly),
+        "spilled_bytes": 4 * total(r"\.vgpr_spill_count:\s*(\d+)", assembly),
+        "wide_loads": assembly.count("load_dwordx4"),
+        "wide_stores": assembly.count("store_dwordx4"),
+    }
+
+
+if __name__ == "__main__":
+    _compile(sys.argv[1], json.load(sys.stdin))
