@@ -26,7 +26,7 @@ SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx9
 
 
 def compile_in_subprocess(target: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Resource reports of all kernels that the calls of ``add_layer_norm`` launch on a target.
+    """Resource reports of the different kernels that calls of ``add_layer_norm`` launch.
 
     Args:
         target: One of :data:`TARGETS`.
@@ -76,14 +76,18 @@ def _compile(target: str, calls: list[dict[str, Any]]) -> None:
         gpu = GPUTarget("hip", target, 64)
     driver.set_active(_StandInDriver(gpu))
     launch = JITFunction.run
-    reports = []
+    reports: list[dict[str, Any]] = []
+    seen: set[str] = set()
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         log = io.StringIO()
         with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
             triton.knobs.nvidia.dump_ptxas_log = True
             compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
-        reports.append(_report(kernel.__name__, compiled, log.getvalue()))
+        # A kernel launched before with the same specialisation is not compiled again.
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            reports.append(_report(kernel.__name__, compiled, log.getvalue()))
 
     JITFunction.run = compile_only
     try:
