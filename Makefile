@@ -40,6 +40,9 @@ $(READY): $(VENV)/torch setup.py pyproject.toml $(SOURCES)
 	@touch $@
 
 demo: $(READY)
+	$(BIN)/fused-attn info
+	$(BIN)/fused-attn validate --quiet
+	$(BIN)/python -m benchmarks.run --rounds 3 --quick
 	$(BIN)/fused-attn demo --out demo_output
 
 test: $(READY)

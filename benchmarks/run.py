@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--case", help="only cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each provider (15)")
     parser.add_argument("--threads", type=int, help="default: torch's own")
+    parser.add_argument("--quick", action="store_true", help="the first two cases of each op")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -35,7 +36,7 @@ def main() -> int:
     rows = [
         (op, case, direction)
         for op in arguments.op or OPS
-        for case in benchmark_cases(op)
+        for case in benchmark_cases(op)[: 2 if arguments.quick else None]
         if (arguments.case or "") in case.name
         for direction in directions(case)
     ]

@@ -18,6 +18,8 @@ _MAX_BLOCK = 8192
 # Elements of a tile at least, and a thread's share of them, which bounds the registers it needs.
 _MIN_TILE = 2048
 _ELEMENTS_PER_WARP = 512
+# The backward also holds two sums a column: with tiles as large as the forward's it would spill.
+_BACKWARD_SHARE = 2
 # Tiles that the backward keeps at work on a multiprocessor, each with a row of partial sums.
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 # Partial rows by columns that a program of the reduction takes at once.
@@ -34,11 +36,11 @@ class Tiling:
     num_warps: int
 
 
-def tiling(width: int) -> Tiling:
-    """The tile for rows of this width."""
-    block_n = min(max(1 << (width - 1).bit_length(), 16), _MAX_BLOCK)
-    block_m = max(_MIN_TILE // block_n, 1)
-    num_warps = max(block_m * block_n // _ELEMENTS_PER_WARP, 4)
+def tiling(width: int, share: int = 1) -> Tiling:
+    """The tile for rows of this width, a ``share``-th as large as a forward could have it."""
+    block_n = min(max(1 << (width - 1).bit_length(), 16), _MAX_BLOCK // share)
+    block_m = max(_MIN_TILE // share // block_n, 1)
+    num_warps = max(block_m * block_n * share // _ELEMENTS_PER_WARP, 4)
     return Tiling(block_m, block_n, width <= block_n, num_warps)
 
 
@@ -138,7 +140,7 @@ def backward(
     if num_rows == 0:
         return grad_x, grad_residual, grad_weight, grad_bias
 
-    tile = tiling(width)
+    tile = tiling(width, _BACKWARD_SHARE)
     programs = min(
         _ceil_div(num_rows, tile.BLOCK_M), _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x)
     )
