@@ -28,7 +28,8 @@ CSRC = ROOT / "csrc"
 X86_TARGETS = {
     "baseline": "",
     "avx2": "avx2,fma,f16c,bmi2,prfchw",
-    "avx512": "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prfchw,prefer-vector-width=512",
+    "avx512": "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prfchw,"
+    "prefer-vector-width=512",
 }
 
 
