@@ -99,7 +99,12 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("mask", ["none", "bool", "padding", "float_padding", "both", "causal"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def label(variant: dict[str, Any]) -> str:
+    """The same in every process, unlike a function's repr: pytest-xdist compares them."""
+    return "-".join(f"{k}={getattr(v, '__name__', v)}" for k, v in variant.items())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=label)
 def test_encoder_layer(variant: dict[str, Any], mask: str) -> None:
     theirs, ours = make_twins("TransformerEncoderLayer", E, H, HIDDEN, 0.0, **variant)
     layout = "batch_first" if variant["batch_first"] else "length_first"
@@ -107,7 +112,7 @@ def test_encoder_layer(variant: dict[str, Any], mask: str) -> None:
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "causal_float", "all"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=label)
 def test_decoder_layer(variant: dict[str, Any], mask: str) -> None:
     theirs, ours = make_twins("TransformerDecoderLayer", E, H, HIDDEN, 0.0, **variant)
     layout = "batch_first" if variant["batch_first"] else "length_first"
