@@ -358,7 +358,7 @@ def test_refuses_what_is_no_decoder(search) -> None:  # type: ignore[no-untyped-
         ),
         ({"length_penalty": "1"}, TypeError, "length_penalty must be a number, got '1'"),
         ({"length_penalty": math.nan}, ValueError, "length_penalty must be finite, got nan"),
-        ({"stopping": "early"}, ValueError, "stopping must be one of heuristic, full, bound"),
+        ({"stopping": "early"}, ValueError, "stopping must be one of heuristic, first, never"),
     ],
 )
 def test_refuses_wrong_options(options, error, match) -> None:  # type: ignore[no-untyped-def]

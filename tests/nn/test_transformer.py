@@ -98,12 +98,12 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "padding", "float_padding", "both", "causal"])
 def label(variant: dict[str, Any]) -> str:
     """The same in every process, unlike a function's repr: pytest-xdist compares them."""
     return "-".join(f"{k}={getattr(v, '__name__', v)}" for k, v in variant.items())
 
 
+@pytest.mark.parametrize("mask", ["none", "bool", "padding", "float_padding", "both", "causal"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=label)
 def test_encoder_layer(variant: dict[str, Any], mask: str) -> None:
     theirs, ours = make_twins("TransformerEncoderLayer", E, H, HIDDEN, 0.0, **variant)

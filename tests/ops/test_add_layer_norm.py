@@ -215,11 +215,11 @@ def test_compiles_ahead_of_time_without_spills(target: str) -> None:
     if "triton" not in BACKENDS:
         pytest.skip("add_layer_norm: triton is not installed")
     reports = compile_in_subprocess(target, CALLS)
-    # Each call has a forward of its own, and backwards from the sum and from x.
-    for call in CALLS:
-        kernels = [r["kernel"] for r in reports if r["call"] == call]
-        assert kernels.count("add_layer_norm_forward_kernel") == 1
-        assert kernels.count("add_layer_norm_backward_kernel") == 2
+    # Each call has a forward of its own, and backwards from the sum and from x; the two widest
+    # rows are walked over by the same backwards.
+    kernels = [r["kernel"] for r in reports]
+    assert kernels.count("add_layer_norm_forward_kernel") == len(CALLS)
+    assert kernels.count("add_layer_norm_backward_kernel") == 2 * (len(CALLS) - 1)
     assert any(r["kernel"] == "add_layer_norm_reduce_kernel" for r in reports)
     for report in reports:
         assert report["registers"] > 0, report
