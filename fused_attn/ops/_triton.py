@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +25,58 @@ def multiprocessor_count(tensor: Tensor) -> int:
     return 1
 
 
-def strided_rows(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+class Target(NamedTuple):
+    """What launches are made for."""
+
+    backend: str
+    warp_size: int
+
+    def register_options(self, registers: int) -> dict[str, int]:
+        """Launch options that let a thread have this many registers.
+
+        Without them NVIDIA's assembler may choose fewer, for more threads at once, and spill.
+        """
+        return {"maxnreg": registers} if self.backend == "cuda" else {}
+
+
+@functools.cache
+def target() -> Target:
+    """The GPU's, or the interpreter's where there is none."""
+    from triton.runtime import driver
+
+    try:
+        active = driver.active.get_current_target()
+    except RuntimeError:
+        return Target("interpreter", 32)
+    return Target(active.backend, active.warp_size)
+
+
+# Rows that one stride describes have this many on the inner level: more than a kernel divides by.
+_ALL_ROWS = 2**31 - 1
+
+
+class StridedRows(NamedTuple):
+    """Where row ``r`` of a tensor begins, in elements: at
+
+    ``(r // inner) * outer_stride + (r % inner) * inner_stride``.
+    """
+
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+    @property
+    def has_one_stride(self) -> bool:
+        """Row ``r`` begins at ``r * inner_stride``."""
+        return self.inner == _ALL_ROWS
+
+
+def strided_rows(tensor: Tensor) -> tuple[Tensor, StridedRows]:
     """The rows of ``[..., E]`` as a kernel reads them.
 
     Returns:
         The tensor, copied only if its rows are not contiguous or two strides do not describe
-        them; and ``(inner, outer_stride, inner_stride)``: row ``r`` begins at element
-        ``(r // inner) * outer_stride + (r % inner) * inner_stride``.
+        them; and where they begin.
     """
     levels: list[tuple[int, int]] = []  # (size, stride) of the leading dimensions, innermost first
     contiguous = tensor.size(-1) == 1 or tensor.stride(-1) == 1
@@ -40,9 +87,11 @@ def strided_rows(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
             levels[-1] = (levels[-1][0] * size, levels[-1][1])
         else:
             levels.append((size, stride))
-    if not contiguous or len(levels) > 2:
+    # Kernels divide in 32 bits.
+    divisible = len(levels) < 2 or (len(levels) == 2 and levels[0][0] * levels[1][0] <= _ALL_ROWS)
+    if not contiguous or not divisible:
         tensor = tensor.contiguous()
-        levels = [(tensor.shape[:-1].numel(), tensor.size(-1))]
-    levels += [(1, 0)] * (2 - len(levels))
-    (inner, inner_stride), (_, outer_stride) = levels
-    return tensor, (max(inner, 1), outer_stride, inner_stride)
+        return tensor, StridedRows(_ALL_ROWS, 0, tensor.size(-1))
+    if len(levels) == 2:
+        return tensor, StridedRows(levels[0][0], levels[1][1], levels[0][1])
+    return tensor, StridedRows(_ALL_ROWS, 0, levels[0][1] if levels else 0)

@@ -199,14 +199,13 @@ CALLS = [
     {"dtype": "float16", "width": 4096},
     {"dtype": "bfloat16", "width": 8192},
     {"dtype": "bfloat16", "width": 16384},
+    {"dtype": "float32", "width": 256},
+    # Widths that took most registers.
     {"dtype": "float32", "width": 1021},
+    {"dtype": "bfloat16", "width": 1021},
+    {"dtype": "bfloat16", "width": 16381},
+    {"dtype": "float32", "width": 29, "dropout_p": 0.0},
 ]
-
-
-# ptxas of Triton 3.7 keeps this one to 64 registers for the sake of occupancy.
-KNOWN_SPILLS = {
-    ("sm_80", "add_layer_norm_backward_kernel", "bfloat16", 1024, True): 16,
-}
 
 
 @pytest.mark.slow
@@ -223,9 +222,7 @@ def test_compiles_ahead_of_time_without_spills(target: str) -> None:
     assert any(r["kernel"] == "add_layer_norm_reduce_kernel" for r in reports)
     for report in reports:
         assert report["registers"] > 0, report
-        call = report["call"]
-        key = (target, report["kernel"], call["dtype"], call["width"], "fp32_parameters" in call)
-        assert report["spilled_bytes"] <= KNOWN_SPILLS.get(key, 0), report
+        assert report["spilled_bytes"] == 0, report
         assert report["shared"] <= SHARED_MEMORY_LIMIT[target], report
         row_kernel = "reduce" not in report["kernel"]
         if row_kernel and report["call"]["width"] % 16 == 0:

@@ -9,21 +9,33 @@ from torch import Tensor
 
 from .._check import FLOATING
 from .._philox import keep_threshold
-from .._triton import device_guard, multiprocessor_count, strided_rows
+from .._triton import (
+    StridedRows,
+    device_guard,
+    multiprocessor_count,
+    strided_rows,
+    target,
+)
 
 MAX_WIDTH = 65536
 
+# Of a tensor that is absent.
+_NO_ROWS = StridedRows(0, 0, 0)
+
 # Columns of a tile at most: beyond, a program walks over its row twice.
 _MAX_BLOCK = 8192
-# Elements of a tile at least, and a thread's share of them, which bounds the registers it needs.
+# Elements of a tile at least, and a thread's share of them: 16 bytes of bf16.
 _MIN_TILE = 2048
-_ELEMENTS_PER_WARP = 512
-# The backward also holds two sums a column: with tiles as large as the forward's it would spill.
-_BACKWARD_SHARE = 2
+_ELEMENTS_PER_THREAD = 8
+_MAX_WARPS = 16
+# Of a multiprocessor.
+_REGISTERS = 65536
 # Tiles that the backward keeps at work on a multiprocessor, each with a row of partial sums.
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-# Partial rows by columns that a program of the reduction takes at once.
-_REDUCE_TILE = (32, 64)
+# The reduction's tiles: narrow, so that there are enough of them, unless the rows are long.
+_REDUCE_TILE = 2048
+_REDUCE_MIN_COLUMNS = 64
+_REDUCE_TILES = 128
 
 
 @dataclass(frozen=True)
@@ -34,14 +46,31 @@ class Tiling:
     BLOCK_N: int
     SINGLE_BLOCK: bool
     num_warps: int
+    registers: int
+    """Of a thread at most."""
 
 
-def tiling(width: int, share: int = 1) -> Tiling:
-    """The tile for rows of this width, a ``share``-th as large as a forward could have it."""
-    block_n = min(max(1 << (width - 1).bit_length(), 16), _MAX_BLOCK // share)
+def tiling(width: int, dropout_p: float, is_backward: bool) -> Tiling:
+    """The tile for rows of this width, as large as the registers allow.
+
+    The backward holds two sums a column, and takes half of a forward's tile. So does dropout of
+    rows whose width is no multiple of 4, where each element draws a counter of Philox for itself.
+    Few registers, where they do, keep many rows in flight; an odd width takes an address an
+    element.
+    """
+    is_odd = width % 4 != 0
+    draws_alone = dropout_p > 0.0 and is_odd
+    share = 2 if is_backward or draws_alone else 1
+    block_n = min(max(_next_power_of_2(width), 16), _MAX_BLOCK // share)
     block_m = max(_MIN_TILE // share // block_n, 1)
-    num_warps = max(block_m * block_n * share // _ELEMENTS_PER_WARP, 4)
-    return Tiling(block_m, block_n, width <= block_n, num_warps)
+    per_thread = _ELEMENTS_PER_THREAD // 2 if draws_alone else _ELEMENTS_PER_THREAD
+    num_warps = min(block_m * block_n // (per_thread * target().warp_size), _MAX_WARPS)
+    single_block = width <= block_n
+    if is_backward or is_odd or not single_block:
+        registers = min(_REGISTERS // (32 * num_warps), 255)
+    else:
+        registers = 64
+    return Tiling(block_m, block_n, single_block, num_warps, registers)
 
 
 def unsupported_reasons(x: Tensor, *, weight: Tensor | None, dropout_p: float) -> list[str]:
@@ -78,7 +107,7 @@ def forward(
 
     x, x_layout = strided_rows(x)
     residual, residual_layout = _optional_rows(residual)
-    tile = tiling(width)
+    tile = tiling(width, dropout_p, is_backward=False)
     with device_guard(x):
         add_layer_norm_forward_kernel[(_ceil_div(num_rows, tile.BLOCK_M),)](
             x,
@@ -93,7 +122,7 @@ def forward(
             num_rows,
             width,
             *x_layout,
-            *residual_layout,
+            *(residual_layout or _NO_ROWS),
             eps,
             1.0 / (1.0 - dropout_p),
             keep_threshold(dropout_p),
@@ -102,12 +131,14 @@ def forward(
             HAS_BIAS=bias is not None,
             HAS_DROPOUT=dropout_p > 0.0,
             HAS_SUM=need_sum,
+            ONE_STRIDE=_one_stride(x_layout, residual_layout),
             WHOLE_COUNTERS=width % 4 == 0,
             SINGLE_BLOCK=tile.SINGLE_BLOCK,
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
             num_warps=tile.num_warps,
             enable_fp_fusion=False,
+            **target().register_options(tile.registers),
         )
     return output, total, mean, rstd
 
@@ -140,7 +171,7 @@ def backward(
     if num_rows == 0:
         return grad_x, grad_residual, grad_weight, grad_bias
 
-    tile = tiling(width, _BACKWARD_SHARE)
+    tile = tiling(width, dropout_p, is_backward=True)
     programs = min(
         _ceil_div(num_rows, tile.BLOCK_M), _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x)
     )
@@ -165,9 +196,9 @@ def backward(
             num_rows,
             width,
             *grad_output_layout,
-            *grad_sum_layout,
+            *(grad_sum_layout or _NO_ROWS),
             *x_layout,
-            *residual_layout,
+            *(residual_layout or _NO_ROWS),
             1.0 / (1.0 - dropout_p),
             keep_threshold(dropout_p),
             HAS_GRAD_SUM=grad_sum is not None,
@@ -177,6 +208,7 @@ def backward(
             HAS_GRAD_RESIDUAL=separate,
             HAS_PARAMETERS=need_grad_parameters,
             X_IS_SUM=x_is_sum,
+            ONE_STRIDE=_one_stride(grad_output_layout, grad_sum_layout, x_layout, residual_layout),
             WHOLE_COUNTERS=width % 4 == 0,
             SINGLE_BLOCK=tile.SINGLE_BLOCK,
             BLOCK_M=tile.BLOCK_M,
@@ -184,27 +216,37 @@ def backward(
             num_warps=tile.num_warps,
             # g - mean(g) cancels, to 0 at width 1, only if the product in g is rounded.
             enable_fp_fusion=False,
+            **target().register_options(tile.registers),
         )
         if need_grad_parameters:
-            add_layer_norm_reduce_kernel[(_ceil_div(width, _REDUCE_TILE[1]), 2)](
+            block_n = max(_REDUCE_MIN_COLUMNS, _next_power_of_2(width) // _REDUCE_TILES)
+            add_layer_norm_reduce_kernel[(_ceil_div(width, block_n), 2)](
                 partial,
                 grad_weight,
                 grad_bias,
                 programs,
                 width,
-                BLOCK_M=_REDUCE_TILE[0],
-                BLOCK_N=_REDUCE_TILE[1],
+                BLOCK_M=_REDUCE_TILE // block_n,
+                BLOCK_N=block_n,
                 num_warps=4,
             )
     return grad_x, grad_residual, grad_weight, grad_bias
 
 
-def _optional_rows(tensor: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
-    return (None, (1, 0, 0)) if tensor is None else strided_rows(tensor)
+def _optional_rows(tensor: Tensor | None) -> tuple[Tensor | None, StridedRows | None]:
+    return (None, None) if tensor is None else strided_rows(tensor)
+
+
+def _one_stride(*layouts: StridedRows | None) -> bool:
+    return all(layout is None or layout.has_one_stride for layout in layouts)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -15,9 +15,16 @@ import triton.language as tl
 
 
 @triton.jit
-def row_offsets(rows, inner, outer_stride, inner_stride):
+def row_offsets(rows, inner, outer_stride, inner_stride, ONE_STRIDE: tl.constexpr):
     """Where int64 rows begin, as a column. # [BLOCK_M, 1]"""
-    return ((rows // inner) * outer_stride + (rows % inner) * inner_stride)[:, None]
+    if ONE_STRIDE:
+        offsets = rows * inner_stride
+    else:
+        # A division in 64 bits is a call, and the registers around it are spilled.
+        short = rows.to(tl.int32)
+        offsets = (short // inner).to(tl.int64) * outer_stride
+        offsets += (short % inner).to(tl.int64) * inner_stride
+    return offsets[:, None]
 
 
 @triton.jit
@@ -45,8 +52,8 @@ def dropout_keep(
         words = words.reshape(w0.shape[0], BLOCK_N)
     else:
         elements = (rows * width + start)[:, None] + tl.arange(0, BLOCK_N)[None, :]
-        w0, w1, w2, w3 = tl.randint4x(seed, elements // 4)
-        lane = elements % 4
+        w0, w1, w2, w3 = tl.randint4x(seed, elements >> 2)
+        lane = elements.to(tl.int32) & 3
         words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
     return words >= threshold
 
@@ -101,6 +108,7 @@ def add_layer_norm_forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SUM: tl.constexpr,
+    ONE_STRIDE: tl.constexpr,
     WHOLE_COUNTERS: tl.constexpr,
     SINGLE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -109,11 +117,11 @@ def add_layer_norm_forward_kernel(
     """Rows [pid * BLOCK_M, (pid + 1) * BLOCK_M): output, statistics and, with HAS_SUM, the sum."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = (rows < num_rows)[:, None]
-    x_rows = row_offsets(rows, x_inner, x_outer_stride, x_inner_stride)
+    x_rows = row_offsets(rows, x_inner, x_outer_stride, x_inner_stride, ONE_STRIDE)
     residual_rows = x_rows
     if HAS_RESIDUAL:
         residual_rows = row_offsets(
-            rows, residual_inner, residual_outer_stride, residual_inner_stride
+            rows, residual_inner, residual_outer_stride, residual_inner_stride, ONE_STRIDE
         )
     out_rows = (rows * width)[:, None]
     offs = tl.arange(0, BLOCK_N)[None, :]
@@ -192,27 +200,33 @@ def add_layer_norm_forward_kernel(
 
 
 @triton.jit
+def times_weight(grad_output, weight_ptr, columns, width, HAS_WEIGHT: tl.constexpr):
+    """g = grad_output * weight in fp32. # [BLOCK_M, BLOCK_N]"""
+    g = grad_output.to(tl.float32)
+    if HAS_WEIGHT:
+        g *= tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    return g
+
+
+@triton.jit
 def backward_tile(
     grad_output_ptr,
     x_ptr,
     residual_ptr,
-    weight_ptr,
     grad_output_rows,
     x_rows,
     residual_rows,
     columns,
     mask,
-    width,
     keep,
     keep_scale,
     mean,
     rstd,
     HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     X_IS_SUM: tl.constexpr,
 ):
-    """grad_output, y (the normalised sum) and g = grad_output * weight; all 0 outside the mask."""
+    """grad_output as it was loaded, and y, the normalised sum; both 0 outside the mask."""
     total = load_sum(
         x_ptr,
         residual_ptr,
@@ -227,11 +241,7 @@ def backward_tile(
     )
     y = tl.where(mask, (total - mean[:, None]) * rstd[:, None], 0.0)
     grad_output = tl.load(grad_output_ptr + grad_output_rows + columns, mask=mask, other=0.0)
-    grad_output = grad_output.to(tl.float32)
-    g = grad_output
-    if HAS_WEIGHT:
-        g *= tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
-    return grad_output, y, g
+    return grad_output, y
 
 
 @triton.jit
@@ -270,6 +280,7 @@ def add_layer_norm_backward_kernel(
     HAS_GRAD_RESIDUAL: tl.constexpr,
     HAS_PARAMETERS: tl.constexpr,
     X_IS_SUM: tl.constexpr,
+    ONE_STRIDE: tl.constexpr,
     WHOLE_COUNTERS: tl.constexpr,
     SINGLE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -299,18 +310,18 @@ def add_layer_norm_backward_kernel(
         rows = tl.to_tensor(tile).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = (rows < num_rows)[:, None]
         grad_output_rows = row_offsets(
-            rows, grad_output_inner, grad_output_outer_stride, grad_output_inner_stride
+            rows, grad_output_inner, grad_output_outer_stride, grad_output_inner_stride, ONE_STRIDE
         )
-        x_rows = row_offsets(rows, x_inner, x_outer_stride, x_inner_stride)
+        x_rows = row_offsets(rows, x_inner, x_outer_stride, x_inner_stride, ONE_STRIDE)
         residual_rows = x_rows
         if HAS_RESIDUAL:
             residual_rows = row_offsets(
-                rows, residual_inner, residual_outer_stride, residual_inner_stride
+                rows, residual_inner, residual_outer_stride, residual_inner_stride, ONE_STRIDE
             )
         grad_sum_rows = x_rows
         if HAS_GRAD_SUM:
             grad_sum_rows = row_offsets(
-                rows, grad_sum_inner, grad_sum_outer_stride, grad_sum_inner_stride
+                rows, grad_sum_inner, grad_sum_outer_stride, grad_sum_inner_stride, ONE_STRIDE
             )
         out_rows = (rows * width)[:, None]
         mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
@@ -318,9 +329,8 @@ def add_layer_norm_backward_kernel(
 
         mean_g = tl.zeros((BLOCK_M,), tl.float32)
         mean_gy = tl.zeros((BLOCK_M,), tl.float32)
-        grad_output = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        grad_output = tl.zeros((BLOCK_M, BLOCK_N), grad_output_ptr.dtype.element_ty)
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         keep = (offs < width) & row_mask
         for start in range(0, width, BLOCK_N):
             columns = start + offs
@@ -329,26 +339,24 @@ def add_layer_norm_backward_kernel(
                 keep = dropout_keep(
                     seed, keep_threshold, rows, start, width, BLOCK_N, WHOLE_COUNTERS
                 )
-            grad_output, y, g = backward_tile(
+            grad_output, y = backward_tile(
                 grad_output_ptr,
                 x_ptr,
                 residual_ptr,
-                weight_ptr,
                 grad_output_rows,
                 x_rows,
                 residual_rows,
                 columns,
                 mask,
-                width,
                 keep,
                 keep_scale,
                 mean,
                 rstd,
                 HAS_RESIDUAL,
-                HAS_WEIGHT,
                 HAS_DROPOUT,
                 X_IS_SUM,
             )
+            g = times_weight(grad_output, weight_ptr, columns, width, HAS_WEIGHT)
             mean_g += tl.sum(g, 1)
             mean_gy += tl.sum(g * y, 1)
         mean_g = (mean_g / width)[:, None]
@@ -362,26 +370,25 @@ def add_layer_norm_backward_kernel(
                     keep = dropout_keep(
                         seed, keep_threshold, rows, start, width, BLOCK_N, WHOLE_COUNTERS
                     )
-                grad_output, y, g = backward_tile(
+                grad_output, y = backward_tile(
                     grad_output_ptr,
                     x_ptr,
                     residual_ptr,
-                    weight_ptr,
                     grad_output_rows,
                     x_rows,
                     residual_rows,
                     columns,
                     mask,
-                    width,
                     keep,
                     keep_scale,
                     mean,
                     rstd,
                     HAS_RESIDUAL,
-                    HAS_WEIGHT,
                     HAS_DROPOUT,
                     X_IS_SUM,
                 )
+            # Not kept from the first walk: grad_output takes half of the registers, or fewer.
+            g = times_weight(grad_output, weight_ptr, columns, width, HAS_WEIGHT)
             grad = (g - mean_g - y * mean_gy) * rstd[:, None]
             if HAS_GRAD_SUM:
                 grad_sum = tl.load(grad_sum_ptr + grad_sum_rows + columns, mask=mask, other=0.0)
@@ -400,15 +407,15 @@ def add_layer_norm_backward_kernel(
             if HAS_PARAMETERS:
                 if SINGLE_BLOCK:
                     # Summed over BLOCK_M once, after the last tile.
-                    grad_weight += grad_output * y
-                    grad_bias += grad_output
+                    grad_weight += grad_output.to(tl.float32) * y
+                    grad_bias += grad_output.to(tl.float32)
                 else:
                     flat = start + tl.arange(0, BLOCK_N)
                     inside = flat < width
                     before = inside & (tile != pid)
-                    weight_sum = tl.sum(grad_output * y, 0)
+                    weight_sum = tl.sum(grad_output.to(tl.float32) * y, 0)
                     weight_sum += tl.load(weight_partial_ptr + flat, mask=before, other=0.0)
-                    bias_sum = tl.sum(grad_output, 0)
+                    bias_sum = tl.sum(grad_output.to(tl.float32), 0)
                     bias_sum += tl.load(bias_partial_ptr + flat, mask=before, other=0.0)
                     tl.store(weight_partial_ptr + flat, weight_sum, mask=inside)
                     tl.store(bias_partial_ptr + flat, bias_sum, mask=inside)
