@@ -70,6 +70,17 @@ def bind(case: Case, run: Run, inputs: Mapping[str, Any], direction: str) -> Cal
     return forward_and_backward
 
 
+def copy_of_the_same_bytes(case: Case, direction: str) -> Callable[[], object]:
+    """What no kernel that goes through memory beats: a copy that moves as many bytes."""
+    itemsize = case.dtypes[0].itemsize
+    moved = case.bytes_moved(itemsize)
+    if direction != "forward":
+        moved += case.bytes_moved(itemsize, backward=True)
+    source = torch.ones(moved // 8)
+    destination = torch.zeros_like(source)
+    return lambda: destination.copy_(source)
+
+
 def parametrize(op: str) -> pytest.MarkDecorator:
     """Rows (case, direction) of an op's benchmark."""
     return pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """``python -m benchmarks.run``: our kernels beside plain PyTorch, interleaved, as a table.
 
 A row is one case in one direction: the median time of each, and the median of the ratios with
-its quartiles. A ratio above 1 means that ours is faster.
+its quartiles. A ratio above 1 means that ours is faster. The last column is a copy that moves as
+many bytes as the case must: what memory alone would take.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from tqdm import tqdm
 
 from fused_attn.validation import OPS, case_inputs
 
-from .measured import benchmark_cases, bind, directions, ours, require_correct
+from .measured import (
+    benchmark_cases,
+    bind,
+    copy_of_the_same_bytes,
+    directions,
+    ours,
+    require_correct,
+)
 from .timing import interleaved, machine, ratio, summary
 
 
@@ -31,8 +39,8 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     print(f"{machine()}\n")
-    print("| op | case | direction | PyTorch ms | ours ms | PyTorch / ours (quartiles) |")
-    print("|---|---|---|---|---|---|")
+    print("| op | case | direction | PyTorch ms | ours ms | PyTorch / ours (quartiles) | copy ms |")
+    print("|---|---|---|---|---|---|---|")
     rows = [
         (op, case, direction)
         for op in arguments.op or OPS
@@ -49,6 +57,7 @@ def main() -> int:
             {
                 "peer": bind(case, module.peer(case), inputs, direction),
                 "ours": bind(case, ours(case), inputs, direction),
+                "copy": copy_of_the_same_bytes(case, direction),
             },
             arguments.rounds,
         )
@@ -56,7 +65,8 @@ def main() -> int:
         line = (
             f"| {op} | {case.name} | {direction} | {summary(times['peer']).median * 1e3:.3f} | "
             f"{summary(times['ours']).median * 1e3:.3f} | "
-            f"**{r.median:.2f}** ({r.q25:.2f}–{r.q75:.2f}) |"
+            f"**{r.median:.2f}** ({r.q25:.2f}–{r.q75:.2f}) | "
+            f"{summary(times['copy']).median * 1e3:.3f} |"
         )
         tqdm.write(line, file=sys.stdout)
     return 0

@@ -81,21 +81,26 @@ FUSED_ATTN_INLINE uint32_t greater_lanes(Vec a, Vec b) {
 #endif
 }
 
+// Lanes i and i + n / 2 first, then halves of that, as a tree.
+template <typename V, typename Combine>
+FUSED_ATTN_INLINE float reduce(V v, Combine combine) {
+  if constexpr (sizeof(V) > 16) {
+    typedef float Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return reduce(static_cast<Half>(combine(halves[0], halves[1])), combine);
+  } else {
+    static_assert(sizeof(V) == 16, "four lanes");
+    return combine(combine(v[0], v[2]), combine(v[1], v[3]));
+  }
+}
+
 FUSED_ATTN_INLINE float reduce_add(Vec v) {
-  float lanes[kVec];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int half = kVec / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return reduce(v, [](auto a, auto b) { return a + b; });
 }
 
 FUSED_ATTN_INLINE float reduce_max(Vec v) {
-  float lanes[kVec];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int half = kVec / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i)
-      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // --- loads and stores ---------------------------------------------------------------------

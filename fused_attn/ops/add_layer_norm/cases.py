@@ -89,12 +89,15 @@ class AddLayerNormCase(Case):
         """Each row tensor once; the parameters and statistics are small beside them.
 
         Forward reads x and the residual and writes the output, and the sum where it is asked
-        for. Backward reads the sum and the gradients of both outputs, and writes the gradient
-        of x, and of the residual where dropout makes it another.
+        for. Backward reads the gradients of the outputs and the sum, or x and the residual where
+        there is none, and writes the gradient of x, and of the residual where dropout makes it
+        another.
         """
         forward = 2 + self.residual + self.return_sum
         dropped = self.residual and self.dropout_p > 0.0
-        tensors = 3 + self.return_sum + dropped if backward else forward
+        addends = 1 if self.return_sum else 1 + self.residual
+        backward_tensors = 1 + self.return_sum + addends + 1 + dropped
+        tensors = backward_tensors if backward else forward
         return tensors * itemsize * self._elements
 
 
