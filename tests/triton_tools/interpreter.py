@@ -2,8 +2,9 @@
 
 The interpreter truncates where a GPU rounds to nearest even, and computes on the bits as if they
 were integers. Here every operation on bf16 widens its operands to fp32 and rounds its result, as
-the hardware does. Also, triton 3.6 turns one-element arrays into integers in a way that numpy 2.4
-refuses.
+the hardware does. Also, the interpreter calls the result of comparing scalars an int32, which
+triton 3.9 then refuses as a mask; and triton 3.6 turns one-element arrays into integers in a way
+that numpy 2.4 refuses.
 
 Interpreter state is global to the process; apply the repair once, before any kernel runs.
 """
@@ -72,7 +73,9 @@ def repair() -> None:
         self: InterpreterBuilder, left: TensorHandle, right: TensorHandle, op: Callable[..., Any]
     ) -> TensorHandle:
         if not is_bf16(left):
-            return plain_binary(self, left, right, op)
+            result = plain_binary(self, left, right, op)
+            is_condition = result.data.dtype == bool
+            return TensorHandle(result.data, tl.int1) if is_condition else result
         result = op(widen(left).data, widen(right).data)
         if result.dtype == bool:
             return TensorHandle(result, tl.int1)

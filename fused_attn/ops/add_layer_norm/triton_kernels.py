@@ -42,7 +42,7 @@ def dropout_keep(
     Element i takes word i % 4 of counter i // 4. With WHOLE_COUNTERS (a width divisible by 4) the
     tile's elements are all the words of its counters; else each element finds its own.
     """
-    threshold = tl.to_tensor(keep_threshold).to(tl.uint32)
+    threshold = tl.cast(keep_threshold, tl.uint32)
     if WHOLE_COUNTERS:
         first = (rows * width + start) // 4
         counters = first[:, None] + tl.arange(0, BLOCK_N // 4)[None, :]
@@ -307,7 +307,7 @@ def add_layer_norm_backward_kernel(
     grad_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     for tile in range(pid, tl.cdiv(num_rows, BLOCK_M), programs):
-        rows = tl.to_tensor(tile).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = (rows < num_rows)[:, None]
         grad_output_rows = row_offsets(
             rows, grad_output_inner, grad_output_outer_stride, grad_output_inner_stride, ONE_STRIDE
@@ -450,5 +450,7 @@ def add_layer_norm_reduce_kernel(
         mask = (rows < programs)[:, None] & (columns < width)[None, :]
         total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     gradient = tl.sum(total, 0)
-    tl.store(grad_weight_ptr + columns, gradient, mask=(columns < width) & (k == 0))
-    tl.store(grad_bias_ptr + columns, gradient, mask=(columns < width) & (k == 1))
+    if k == 0:
+        tl.store(grad_weight_ptr + columns, gradient, mask=columns < width)
+    else:
+        tl.store(grad_bias_ptr + columns, gradient, mask=columns < width)
