@@ -212,8 +212,8 @@ static void backward_head(const AttentionBackward& p, int64_t index, const Atten
   for (int64_t t = task.row_begin; t < rows; t += kBlockQueries)
     backward_block<T>(p, head, task.chunk, t, std::min<int64_t>(kBlockQueries, rows - t), k, dk, dv,
                       scratch);
-  std::memset(static_cast<T*>(p.dq) + (index * in.queries + rows) * in.head_size, 0,
-              sizeof(T) * static_cast<size_t>((task.row_end - rows) * in.head_size));
+  std::fill_n(static_cast<T*>(p.dq) + (index * in.queries + rows) * in.head_size,
+              (task.row_end - rows) * in.head_size, T{});
 }
 
 template <typename T>

@@ -150,8 +150,8 @@ static void forward_task(const AttentionForward& p, int64_t index, int64_t row_b
   for (int64_t t = row_begin; t < rows; t += kBlockRows)
     forward_block<T>(p, head, t, std::min<int64_t>(kBlockRows, rows - t), v, scratch);
   const int64_t first = index * in.queries;
-  std::memset(static_cast<T*>(p.output) + (first + rows) * in.value_size, 0,
-              sizeof(T) * static_cast<size_t>((row_end - rows) * in.value_size));
+  std::fill_n(static_cast<T*>(p.output) + (first + rows) * in.value_size,
+              (row_end - rows) * in.value_size, T{});
   std::fill(p.lse + first + rows, p.lse + first + row_end, -kInfinity);
 }
 
