@@ -157,7 +157,7 @@ def _attention(translator: Translator, source: str) -> _Heat:
 def _learn_vocabularies(pairs: list[tuple[str, str]]) -> Vocabularies:
     sample = pairs[:_VOCABULARY_SENTENCES]
     return Vocabularies(
-        Vocabulary.train([source for source, _ in sample], 200),
+        Vocabulary.train([source for source, _ in sample], 400),
         Vocabulary.train(
             [target for _, target in sample], 200, model_type="char", leading_space=False
         ),
