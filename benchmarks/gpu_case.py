@@ -25,10 +25,9 @@ import torch
 from fused_attn.ops._cases import Case
 from fused_attn.validation import OPS, case_inputs, check_case, fused_backends
 
-from .measured import Run, benchmark_cases, bind, directions
+from .measured import Call, Run, benchmark_cases, bind, copy_of, directions, total
 from .timing import summary
 
-Call = Callable[[], object]
 # Larger than the last-level cache of any GPU known (H200: 60 MB).
 FLUSH_BYTES = 256 << 20
 
@@ -142,19 +141,6 @@ def providers(
         **{name: checked(name) for name in fused_backends(case.op, str(device))},
         **{name: known[name] for name in peers},
     }
-
-
-def total(count: Callable[..., int], *arguments: int, direction: str) -> int:
-    """Sum of the forward's count and, in that direction, the backward's."""
-    forward = count(*arguments)
-    return forward + (count(*arguments, backward=True) if "backward" in direction else 0)
-
-
-def copy_of(moved: int, device: torch.device) -> Call:
-    """A copy that reads half of the bytes and writes half."""
-    source = torch.randint(256, (max(1, moved // 2),), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
 
 
 def interleaved(

@@ -18,6 +18,9 @@ from fused_attn.validation import case_inputs, check_case, op_cases
 Run = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
 """Computes a case's outputs from its inputs."""
 
+Call = Callable[[], object]
+"""To be timed."""
+
 
 def benchmark_cases(op: str) -> list[Case]:
     """The op's cases of kind ``benchmark``."""
@@ -45,7 +48,7 @@ def ours(case: Case) -> Run:
     return lambda inputs: case.run(inputs, None)
 
 
-def bind(case: Case, run: Run, inputs: Mapping[str, Any], direction: str) -> Callable[[], object]:
+def bind(case: Case, run: Run, inputs: Mapping[str, Any], direction: str) -> Call:
     """A call without arguments, to be timed."""
     if direction == "forward":
 
@@ -70,15 +73,17 @@ def bind(case: Case, run: Run, inputs: Mapping[str, Any], direction: str) -> Cal
     return forward_and_backward
 
 
-def copy_of_the_same_bytes(case: Case, direction: str) -> Callable[[], object]:
-    """What no kernel that goes through memory beats: a copy that moves as many bytes."""
-    itemsize = case.dtypes[0].itemsize
-    moved = case.bytes_moved(itemsize)
-    if direction != "forward":
-        moved += case.bytes_moved(itemsize, backward=True)
-    source = torch.ones(moved // 8)
-    destination = torch.zeros_like(source)
-    return lambda: destination.copy_(source)
+def total(count: Callable[..., int], *arguments: int, direction: str) -> int:
+    """Sum of the forward's count and, in that direction, the backward's."""
+    forward = count(*arguments)
+    return forward + (count(*arguments, backward=True) if "backward" in direction else 0)
+
+
+def copy_of(moved: int, device: torch.device | str) -> Call:
+    """A copy that reads half of the bytes and writes half: the floor of what memory bounds."""
+    source = torch.randint(256, (max(1, moved // 2),), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def parametrize(op: str) -> pytest.MarkDecorator:

@@ -85,10 +85,10 @@ FUSED_ATTN_INLINE uint32_t greater_lanes(Vec a, Vec b) {
 template <typename V, typename Combine>
 FUSED_ATTN_INLINE float reduce(V v, Combine combine) {
   if constexpr (sizeof(V) > 16) {
-    typedef float Half __attribute__((vector_size(sizeof(V) / 2)));
-    Half halves[2];
+    typedef float HalfOfV __attribute__((vector_size(sizeof(V) / 2)));
+    HalfOfV halves[2];
     std::memcpy(halves, &v, sizeof(v));
-    return reduce(static_cast<Half>(combine(halves[0], halves[1])), combine);
+    return reduce(static_cast<HalfOfV>(combine(halves[0], halves[1])), combine);
   } else {
     static_assert(sizeof(V) == 16, "four lanes");
     return combine(combine(v[0], v[2]), combine(v[1], v[3]));

@@ -1,4 +1,4 @@
-"""The random numbers of dropout: the published generator, and every backend's use of it."""
+"""The random numbers of dropout are those of the published generator."""
 
 from __future__ import annotations
 

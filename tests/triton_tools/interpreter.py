@@ -72,14 +72,10 @@ def repair() -> None:
     def binary(
         self: InterpreterBuilder, left: TensorHandle, right: TensorHandle, op: Callable[..., Any]
     ) -> TensorHandle:
-        if not is_bf16(left):
-            result = plain_binary(self, left, right, op)
-            is_condition = result.data.dtype == bool
-            return TensorHandle(result.data, tl.int1) if is_condition else result
-        result = op(widen(left).data, widen(right).data)
-        if result.dtype == bool:
-            return TensorHandle(result, tl.int1)
-        return TensorHandle(bf16_bits(result), tl.bfloat16)
+        result = plain_binary(self, widen(left), widen(right), op)
+        if result.data.dtype == bool:
+            return TensorHandle(result.data, tl.int1)
+        return TensorHandle(bf16_bits(result.data), tl.bfloat16) if is_bf16(left) else result
 
     def dot(
         self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any

@@ -93,11 +93,11 @@ class AddLayerNormCase(Case):
         there is none, and writes the gradient of x, and of the residual where dropout makes it
         another.
         """
-        forward = 2 + self.residual + self.return_sum
-        dropped = self.residual and self.dropout_p > 0.0
-        addends = 1 if self.return_sum else 1 + self.residual
-        backward_tensors = 1 + self.return_sum + addends + 1 + dropped
-        tensors = backward_tensors if backward else forward
+        tensors = 2 + self.residual + self.return_sum
+        if backward:
+            addends = 1 if self.return_sum else 1 + self.residual
+            dropped = self.residual and self.dropout_p > 0.0
+            tensors = 2 + self.return_sum + addends + dropped
         return tensors * itemsize * self._elements
 
 
