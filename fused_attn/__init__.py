@@ -1,6 +1,6 @@
 """Fused kernels and modules for attention-based sequence-to-sequence models in PyTorch."""
 
-from .ops import BeamSearchStep, add_layer_norm, attention, beam_search_step
+from .ops import BeamSearchStep, BlockMask, add_layer_norm, attention, beam_search_step
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """The operators: plain functions on tensors, each with several backends."""
 
 from .add_layer_norm import add_layer_norm
-from .attention import attention
+from .attention import BlockMask, attention
 from .beam_search import BeamSearchStep, beam_search_step
 
-__all__ = ["BeamSearchStep", "add_layer_norm", "attention", "beam_search_step"]
+__all__ = ["BeamSearchStep", "BlockMask", "add_layer_norm", "attention", "beam_search_step"]

@@ -1,5 +1,6 @@
-"""Scaled dot-product attention with masks, lengths and an additive bias."""
+"""Scaled dot-product attention with every mask."""
 
 from .api import attention
+from .block_mask import BlockMask
 
-__all__ = ["attention"]
+__all__ = ["BlockMask", "attention"]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .._backend import describe_tensor, resolve
-from .._check import check_device, check_dtype, check_floating, check_rank, check_same, check_tensor
-from .._philox import draw_seed
 from . import cpu, reference
+from .arguments import OP, attention_inputs
+from .block_mask import BlockMask
 from .contract import attention_fused
+from .nested import renest, unnest
 from .reference import attention_reference
+from .weights import attention_weights
 
-_OP = "attention"
 BACKENDS = {"cpu": cpu, "reference": reference}
 
 
@@ -24,46 +24,86 @@ def attention(
     value: Tensor,
     *,
     mask: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     query_lengths: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    query_offsets: Tensor | None = None,
+    key_offsets: Tensor | None = None,
+    max_queries: int | None = None,
+    max_keys: int | None = None,
     is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: Literal["upper_left", "lower_right"] = "upper_left",
     scale: float | None = None,
+    softcap: float | None = None,
+    activation: Literal["softmax", "sigmoid", "relu"] = "softmax",
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = False,
+    return_weights: bool | Literal["mean"] = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Scaled dot-product attention with masks that combine freely; differentiable.
 
-        out = dropout(softmax(scale * query @ key^T + bias)) @ value
+        logits = scale * query @ key^T
+        logits = softcap * tanh(logits / softcap)            where a soft-cap is given
+        logits = logits + bias - slope * |distance|
+        out = dropout(softmax(logits)) @ value
 
-    A pair (t, s) takes part when every mask given allows it: ``is_causal`` (s <= t, aligned to
-    the upper left as in SDPA), ``t < query_lengths``, ``s < key_lengths``, and ``mask`` where
-    True takes part (SDPA's polarity). A query with nothing to attend to gives output 0,
-    gradient 0 and lse -inf. NaN or Inf behind a length, or behind a mask that is the same for
-    all queries, reaches neither output nor gradient. Computes in fp32 and rounds once at the
-    end. Deterministic.
+    A pair (t, s) takes part when every restriction given allows it: ``t < query_lengths``,
+    ``s < key_lengths``, ``is_causal``, ``window``, ``block_mask``, and ``mask`` where True takes
+    part (SDPA's polarity). Causality, window and ALiBi measure the distance of key s from the
+    diagonal, s = t, or s = t + key length - query length where ``align`` is ``"lower_right"``.
+
+    A query with nothing to attend to gives output 0, gradient 0 and lse -inf. NaN or Inf behind
+    a length, or behind a mask that is the same for all queries, reaches neither output nor
+    gradient. Computes in fp32 and rounds once at the end. Deterministic.
+
+    Three layouts. Padded tensors; packed ones, ``[N, H, D]``, in which sequence b has the rows
+    from ``query_offsets[b]`` to ``query_offsets[b + 1]``; and nested jagged tensors
+    ``[B, H, j, D]``, whose result is nested likewise. All give the same numbers, dropout
+    included; the last two compute nothing for padding.
 
     Args:
         query: ``[B, H, T, D]``, fp32, fp16 or bf16 (fp64: reference only), any strides.
-        key: ``[B, H, S, D]``.
-        value: ``[B, H, S, Dv]``.
+        key: ``[B, Hk, S, D]``; query head h uses head h // (H / Hk).
+        value: ``[B, Hk, S, Dv]``.
         mask: bool, broadcastable to ``[B, H, T, S]``.
-        bias: Added to the scaled logits; broadcastable to ``[B, H, T, S]``, dtype of ``query``
-            or fp32. Its gradient has its own shape.
-        query_lengths: ``[B]`` int32 or int64; lengths above T count as T.
-        key_lengths: ``[B]`` int32 or int64; lengths above S count as S.
-        is_causal: Query t looks at keys 0..t.
-        scale: Multiplies the logits. Default ``1 / sqrt(D)``.
+        block_mask: Tiles of a mask, made once; see :class:`BlockMask`.
+        bias: Added to the logits; broadcastable to ``[B, H, T, S]``, dtype of ``query`` or fp32.
+            Its gradient has its own shape.
+        alibi_slopes: ``[H]`` or ``[B, H]`` fp32, without gradient.
+        query_lengths: ``[B]`` int32 or int64, at most T.
+        key_lengths: ``[B]`` int32 or int64, at most S. Lengths on a GPU are not checked: those
+            above S count as S.
+        query_offsets: ``[B + 1]`` int32 or int64, ascending from 0: the layout is packed.
+        key_offsets: ``[B + 1]``, likewise.
+        max_queries: Length of the longest packed sequence of queries, T in every shape here.
+            Default: read from the offsets, which waits for the device.
+        max_keys: Likewise, of keys; S.
+        is_causal: A query sees no key to the right of the diagonal.
+        window: ``(left, right)``: how far to the left and right of the diagonal a query sees;
+            None: without limit.
+        align: Where the diagonal is: it begins in the upper left corner, as in SDPA, or ends in
+            the lower right one, as for new queries behind a cache. Lengths are taken into account.
+        scale: Multiplies the products. Default ``1 / sqrt(D)``.
+        softcap: Positive: bounds the scaled products to (-softcap, softcap).
+        activation: ``"softmax"``; ``"sigmoid"`` or ``"relu"`` turn each logit into a weight by
+            itself.
         dropout_p: Probability that a weight is dropped, in [0, 1).
         seed: ``[1]`` int64 on the query's device; default: drawn from PyTorch's generator.
-        return_lse: Return the log-sum-exp of each row's logits as well (not differentiable).
-        backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; default: the first that can.
+        return_lse: Return the log-sum-exp of each row's logits as well; differentiable.
+        return_weights: Return the weights before dropout as well, computed in a second pass that
+            takes T x S memory; ``"mean"``: averaged over the heads. Packed and nested batches
+            give padded weights.
+        backend: ``cpu``, ``triton`` or ``reference``; default: the first that can.
 
     Returns:
-        ``[B, H, T, Dv]`` in ``query.dtype``; with ``return_lse`` also ``[B, H, T]`` fp32,
-        natural logarithm.
+        ``[B, H, T, Dv]`` in ``query.dtype``, packed ``[N, H, Dv]``. Then, where asked for, the
+        lse, ``[B, H, T]`` fp32, natural logarithm, packed ``[N, H]``; then the weights,
+        ``[B, H, T, S]`` or ``[B, T, S]``.
 
     Raises:
         TypeError: An argument is no tensor, or of a wrong dtype.
@@ -71,117 +111,59 @@ def attention(
         NotImplementedError: The named backend cannot run this call.
 
     Reference: Vaswani et al., 2017. https://arxiv.org/abs/1706.03762; online softmax: Dao,
-    2023. https://arxiv.org/abs/2307.08691
+    2023. https://arxiv.org/abs/2307.08691; ALiBi: Press et al., 2022.
+    https://arxiv.org/abs/2108.12409
     """
-    _check(query, key, value, mask, bias, query_lengths, key_lengths, dropout_p, seed)
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.size(-1)) if query.size(-1) > 0 else 1.0
-    if dropout_p > 0.0 and seed is None:
-        seed = draw_seed(query.device)
+    nested = query if isinstance(query, Tensor) and query.is_nested else None
+    if nested is not None:
+        offsets = (query_lengths, key_lengths, query_offsets, key_offsets)
+        query, key, value, query_offsets, key_offsets, max_queries, max_keys = unnest(
+            query, key, value, offsets
+        )
+    if return_lse and activation != "softmax":
+        raise ValueError(f"{OP}: return_lse needs the activation 'softmax', got {activation!r}")
+    if not (isinstance(return_weights, bool) or return_weights == "mean"):
+        raise ValueError(f"{OP}: return_weights must be a bool or 'mean', got {return_weights!r}")
+    inputs = attention_inputs(
+        query,
+        key,
+        value,
+        mask=mask,
+        block_mask=block_mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        query_offsets=query_offsets,
+        key_offsets=key_offsets,
+        max_queries=max_queries,
+        max_keys=max_keys,
+        is_causal=is_causal,
+        window=window,
+        align=align,
+        scale=scale,
+        softcap=softcap,
+        activation=activation,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
     name = resolve(
-        _OP,
+        OP,
         BACKENDS,
         backend,
         query.device.type,
-        lambda module: module.unsupported_reasons(
-            query, key, value, mask=mask, bias=bias, dropout_p=dropout_p
-        ),
+        lambda module: module.unsupported_reasons(inputs),
         lambda: describe_tensor("query", query),
     )
     if name == "reference":
-        output, lse = attention_reference(
-            query,
-            key,
-            value,
-            mask=mask,
-            bias=bias,
-            query_lengths=query_lengths,
-            key_lengths=key_lengths,
-            is_causal=is_causal,
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-        )
+        output, lse = attention_reference(inputs)
     else:
-        output, lse = attention_fused(
-            query,
-            key,
-            value,
-            mask,
-            bias,
-            query_lengths,
-            key_lengths,
-            is_causal,
-            float(scale),
-            name,
-        )
-    return (output, lse.detach()) if return_lse else output
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    query_lengths: Tensor | None,
-    key_lengths: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(_OP, name, tensor)
-    check_rank(_OP, "query", query, "[B, H, T, D]")
-    check_floating(_OP, "query", query)
-    B, H, T, D = query.shape
-    for name, tensor in (("key", key), ("value", value)):
-        check_same(_OP, name, tensor, "query", query)
-    if key.dim() != 4 or key.size(0) != B or key.size(1) != H or key.size(3) != D:
-        raise ValueError(
-            f"{_OP}: key must have shape [B, H, S, D] with B = {B}, H = {H}, D = {D} (from "
-            f"query), got {list(key.shape)}"
-        )
-    S = key.size(2)
-    if value.dim() != 4 or value.size(0) != B or value.size(1) != H or value.size(2) != S:
-        raise ValueError(
-            f"{_OP}: value must have shape [B, H, S, Dv] with B = {B}, H = {H} (from query), "
-            f"S = {S} (from key), got {list(value.shape)}"
-        )
-    if mask is not None:
-        check_tensor(_OP, "mask", mask)
-        check_dtype(_OP, "mask", mask, (torch.bool,))
-        check_device(_OP, "mask", mask, "query", query)
-        _check_broadcastable("mask", mask, (B, H, T, S))
-    if bias is not None:
-        check_tensor(_OP, "bias", bias)
-        check_dtype(_OP, "bias", bias, (query.dtype, torch.float32))
-        check_device(_OP, "bias", bias, "query", query)
-        _check_broadcastable("bias", bias, (B, H, T, S))
-    for name, lengths in (("query_lengths", query_lengths), ("key_lengths", key_lengths)):
-        if lengths is not None:
-            check_tensor(_OP, name, lengths)
-            check_dtype(_OP, name, lengths, (torch.int32, torch.int64))
-            check_device(_OP, name, lengths, "query", query)
-            if lengths.dim() != 1 or lengths.size(0) != B:
-                raise ValueError(
-                    f"{_OP}: {name} must have shape [B] with B = {B} (from query), got "
-                    f"{list(lengths.shape)}"
-                )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{_OP}: dropout_p must be in [0, 1), got {dropout_p}")
-    if seed is not None:
-        check_tensor(_OP, "seed", seed)
-        check_dtype(_OP, "seed", seed, (torch.int64,))
-        if seed.dim() != 1 or seed.size(0) != 1:
-            raise ValueError(f"{_OP}: seed must have shape [1], got {list(seed.shape)}")
-
-
-def _check_broadcastable(name: str, tensor: Tensor, shape: tuple[int, int, int, int]) -> None:
-    sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
-    if len(sizes) != 4 or any(
-        size != 1 and size != full for size, full in zip(sizes, shape, strict=True)
-    ):
-        raise ValueError(
-            f"{_OP}: {name} must be broadcastable to [B, H, T, S] = {list(shape)}, got "
-            f"{list(tensor.shape)}"
-        )
+        output, lse = attention_fused(inputs, name)
+    results = [output[0].transpose(0, 1) if inputs.is_packed else output]
+    if nested is not None:
+        results[0] = renest(results[0], nested)
+    if return_lse:
+        results.append(lse[0].transpose(0, 1) if inputs.is_packed else lse)
+    if return_weights:
+        results.append(attention_weights(inputs, lse, mean=return_weights == "mean"))
+    return results[0] if len(results) == 1 else tuple(results)

@@ -6,20 +6,14 @@ import torch
 from torch import Tensor
 
 from .._check import FLOATING
+from .contract import AttentionInputs
 
 MAX_HEAD_SIZE = 256
 
 
-def unsupported_reasons(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-) -> list[str]:
+def unsupported_reasons(inputs: AttentionInputs) -> list[str]:
     """Why this backend cannot run the call; empty if it can."""
+    query, value = inputs.query, inputs.value
     reasons = []
     if query.dtype not in FLOATING:
         reasons.append(f"dtype {query.dtype}: float32, float16 or bfloat16 only")
@@ -27,56 +21,58 @@ def unsupported_reasons(
         reasons.append(f"head size {query.size(-1)} > {MAX_HEAD_SIZE}")
     if value.size(-1) > MAX_HEAD_SIZE:
         reasons.append(f"head size {value.size(-1)} of value > {MAX_HEAD_SIZE}")
-    if dropout_p > 0.0:
-        reasons.append("dropout_p > 0: no dropout")
+    for given, what in (
+        (inputs.dropout_p > 0.0, "dropout_p > 0"),
+        (inputs.alibi_slopes is not None, "alibi_slopes"),
+        (inputs.is_packed, "offsets"),
+        (len(inputs.block_mask) > 0, "block_mask"),
+        (inputs.left >= 0 or inputs.right > 0, "window"),
+        (inputs.align_lower_right, "align='lower_right'"),
+        (inputs.softcap > 0.0, "softcap"),
+        (inputs.activation != 0, "activation"),
+        (inputs.key.size(1) != query.size(1), "fewer heads of keys"),
+    ):
+        if given:
+            reasons.append(f"{what}: not built yet")
     return reasons
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    query_lengths: Tensor | None,
-    key_lengths: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Output and lse."""
     return torch.ops.fused_attn_C.attention_forward(
-        query, key, value, mask, bias, query_lengths, key_lengths, is_causal, scale
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.mask,
+        inputs.bias,
+        inputs.query_lengths,
+        inputs.key_lengths,
+        inputs.right == 0,
+        inputs.scale,
     )
 
 
 def backward(
     grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    query_lengths: Tensor | None,
-    key_lengths: Tensor | None,
+    grad_lse: Tensor | None,
+    inputs: AttentionInputs,
     output: Tensor,
     lse: Tensor,
-    is_causal: bool,
-    scale: float,
     need_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias; the last is empty unless it is needed."""
     return torch.ops.fused_attn_C.attention_backward(
         grad_output,
-        query,
-        key,
-        value,
-        mask,
-        bias,
-        query_lengths,
-        key_lengths,
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.mask,
+        inputs.bias,
+        inputs.query_lengths,
+        inputs.key_lengths,
         output,
         lse,
-        is_causal,
-        scale,
+        inputs.right == 0,
+        inputs.scale,
         need_grad_bias,
     )

@@ -1,0 +1,65 @@
+"""Nested jagged tensors are packed batches by another name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .arguments import OP
+
+_RAGGED = 2
+
+
+def unnest(
+    query: Tensor, key: Tensor, value: Tensor, others: Iterable[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
+    """Packed tensors ``[N, H, D]``, their offsets, and the lengths of the longest sequences.
+
+    Args:
+        query: Nested, ``[B, H, j, D]``.
+        key: Nested, ``[B, Hk, j, D]``.
+        value: Nested, ``[B, Hk, j, Dv]``, with the offsets of ``key``.
+        others: Arguments that must not be given beside nested tensors.
+
+    Raises:
+        TypeError: Some tensors are nested and others are not.
+        ValueError: They are not jagged in dimension 2, have holes, or disagree.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor) or not tensor.is_nested:
+            raise TypeError(f"{OP}: {name} must be nested as query is")
+        if (
+            tensor.layout != torch.jagged
+            or tensor.dim() != 4
+            or tensor._ragged_idx != _RAGGED  # type: ignore[attr-defined]
+            or tensor.lengths() is not None
+        ):
+            raise ValueError(
+                f"{OP}: {name} must be a jagged tensor [B, H, j, D] without holes: "
+                "nested_tensor([[length, H, D], ...], layout=torch.jagged).transpose(1, 2)"
+            )
+    if any(tensor is not None for tensor in others):
+        raise ValueError(f"{OP}: nested tensors already say the lengths: give no others")
+    if key.size(_RAGGED) != value.size(_RAGGED):
+        raise ValueError(f"{OP}: value must have the sequence lengths of key")
+    rows = (tensor.values().transpose(0, 1) for tensor in (query, key, value))
+    return (  # type: ignore[return-value]
+        *rows,
+        query.offsets(),
+        key.offsets(),
+        query._get_max_seqlen(),  # type: ignore[attr-defined]
+        key._get_max_seqlen(),  # type: ignore[attr-defined]
+    )
+
+
+def renest(rows: Tensor, like: Tensor) -> Tensor:
+    """``[N, H, Dv]`` as nested ``[B, H, j, Dv]`` with the offsets of ``like``."""
+    nested = torch.nested.nested_tensor_from_jagged(
+        rows,
+        like.offsets(),
+        min_seqlen=like._maybe_min_seqlen,  # type: ignore[attr-defined]
+        max_seqlen=like._maybe_max_seqlen,  # type: ignore[attr-defined]
+    )
+    return nested.transpose(1, _RAGGED)
