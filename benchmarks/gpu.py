@@ -193,7 +193,7 @@ def plan(
         if not DEVICE_BACKENDS[device] & set(op_backends(op)):
             print(f"operators {op}: left out, it has no kernel for {device}")
             continue
-        for case in benchmark_cases(op):
+        for case in benchmark_cases(op, device):
             command = (python, "-m", "benchmarks.gpu_case", op, case.name, *common)
             label = f"{op} {case.name}"
             stages.append(Stage("operators", command, SECONDS["operators"], label))

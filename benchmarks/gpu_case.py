@@ -41,7 +41,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--peers", nargs="+", choices=("eager", "compile"), default=["eager"])
     arguments = parser.parse_args()
-    (case,) = (case for case in benchmark_cases(arguments.op) if case.name == arguments.case)
+    cases = benchmark_cases(arguments.op, arguments.device)
+    (case,) = (case for case in cases if case.name == arguments.case)
     failures = 0
     for dtype in timed_dtypes(case, arguments.device):
         for direction in directions(case):

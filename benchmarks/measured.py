@@ -22,9 +22,13 @@ Call = Callable[[], object]
 """To be timed."""
 
 
-def benchmark_cases(op: str) -> list[Case]:
-    """The op's cases of kind ``benchmark``."""
-    return [case for case in op_cases(op) if case.kind == "benchmark"]
+def benchmark_cases(op: str, device: str = "cpu") -> list[Case]:
+    """The op's cases of kind ``benchmark`` for a device."""
+    return [
+        case
+        for case in op_cases(op)
+        if case.kind == "benchmark" and (device == "cuda" or not case.gpu_only)
+    ]
 
 
 def directions(case: Case) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BeamSearchStep",
+    "BlockMask",
     "__version__",
     "add_layer_norm",
     "attention",

@@ -27,6 +27,9 @@ class Case(abc.ABC):
     gradcheck: bool = False
     """Small and smooth enough for numerical differentiation of the reference in fp64."""
 
+    gpu_only: bool = False
+    """A benchmark too large for a CPU."""
+
     op: ClassVar[str]
     differentiable: ClassVar[tuple[str, ...]] = ()
     """Inputs whose gradients are checked, where they are there."""

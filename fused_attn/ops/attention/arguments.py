@@ -18,9 +18,7 @@ _ALIGNMENTS = ("upper_left", "lower_right")
 _INTEGERS = (torch.int32, torch.int64)
 
 
-def window_bounds(
-    is_causal: bool, window: tuple[int | None, int | None] | None
-) -> tuple[int, int]:
+def window_bounds(is_causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """Keys that a query sees to the left and right of the diagonal; -1: all.
 
     Raises:
@@ -195,8 +193,7 @@ def _check_lengths(name: str, lengths: Tensor, B: int, size: int, query: Tensor)
     check_device(OP, name, lengths, "query", query)
     if lengths.dim() != 1 or lengths.size(0) != B:
         raise ValueError(
-            f"{OP}: {name} must have shape [B] with B = {B} (from query), got "
-            f"{list(lengths.shape)}"
+            f"{OP}: {name} must have shape [B] with B = {B} (from query), got {list(lengths.shape)}"
         )
     if _readable(lengths) and B > 0:
         least, most = (int(x) for x in lengths.aminmax())

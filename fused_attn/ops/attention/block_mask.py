@@ -234,7 +234,7 @@ class BlockMask:
 
 
 def _worklist(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the last dimension's tiles, partial, full, empty; and the counts of the first two."""
+    """Numbers of the last dimension's tiles, partial, full, empty; how many of the first two."""
     is_partial, is_full = tiles >= _FIRST_PARTIAL, tiles == _FULL
     rank = torch.where(is_partial, 0, torch.where(is_full, 1, 2))
     order = torch.argsort(rank, dim=-1, stable=True).int()

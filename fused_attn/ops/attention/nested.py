@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ _RAGGED = 2
 
 
 def unnest(
-    query: Tensor, key: Tensor, value: Tensor, others: Iterable[Tensor | None]
+    query: Any, key: Any, value: Any, others: Iterable[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
     """Packed tensors ``[N, H, D]``, their offsets, and the lengths of the longest sequences.
 
@@ -27,13 +28,14 @@ def unnest(
         TypeError: Some tensors are nested and others are not.
         ValueError: They are not jagged in dimension 2, have holes, or disagree.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    tensors: dict[str, Any] = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_nested:
             raise TypeError(f"{OP}: {name} must be nested as query is")
         if (
             tensor.layout != torch.jagged
             or tensor.dim() != 4
-            or tensor._ragged_idx != _RAGGED  # type: ignore[attr-defined]
+            or tensor._ragged_idx != _RAGGED
             or tensor.lengths() is not None
         ):
             raise ValueError(
@@ -44,22 +46,21 @@ def unnest(
         raise ValueError(f"{OP}: nested tensors already say the lengths: give no others")
     if key.size(_RAGGED) != value.size(_RAGGED):
         raise ValueError(f"{OP}: value must have the sequence lengths of key")
-    rows = (tensor.values().transpose(0, 1) for tensor in (query, key, value))
-    return (  # type: ignore[return-value]
-        *rows,
+    return (
+        *(tensor.values().transpose(0, 1) for tensor in (query, key, value)),
         query.offsets(),
         key.offsets(),
-        query._get_max_seqlen(),  # type: ignore[attr-defined]
-        key._get_max_seqlen(),  # type: ignore[attr-defined]
+        query._get_max_seqlen(),
+        key._get_max_seqlen(),
     )
 
 
-def renest(rows: Tensor, like: Tensor) -> Tensor:
+def renest(rows: Tensor, like: Any) -> Tensor:
     """``[N, H, Dv]`` as nested ``[B, H, j, Dv]`` with the offsets of ``like``."""
     nested = torch.nested.nested_tensor_from_jagged(
         rows,
         like.offsets(),
-        min_seqlen=like._maybe_min_seqlen,  # type: ignore[attr-defined]
-        max_seqlen=like._maybe_max_seqlen,  # type: ignore[attr-defined]
+        min_seqlen=like._maybe_min_seqlen,
+        max_seqlen=like._maybe_max_seqlen,
     )
     return nested.transpose(1, _RAGGED)

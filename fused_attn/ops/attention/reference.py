@@ -145,13 +145,13 @@ def group_size(inputs: AttentionInputs) -> int:
     return inputs.query.size(1) // max(inputs.key.size(1), 1)
 
 
-
 # --- packed batches -----------------------------------------------------------------------------
 
 
 def unpacked(inputs: AttentionInputs) -> AttentionInputs:
     """The same call on padded tensors."""
-    assert inputs.query_offsets is not None and inputs.key_offsets is not None
+    assert inputs.query_offsets is not None
+    assert inputs.key_offsets is not None
     queries, keys = inputs.query_offsets.long(), inputs.key_offsets.long()
     return inputs._replace(
         query=_padded(inputs.query, queries, inputs.max_queries),
