@@ -23,3 +23,10 @@ if importlib.util.find_spec("hypothesis") is None:
     from tests import without_hypothesis
 
     without_hypothesis.install()
+else:
+    import hypothesis
+
+    # A fixed budget of fixed examples; `--hypothesis-profile=long` searches for new ones.
+    hypothesis.settings.register_profile("fixed", max_examples=60, deadline=None, derandomize=True)
+    hypothesis.settings.register_profile("long", max_examples=3000, deadline=None)
+    hypothesis.settings.load_profile("fixed")

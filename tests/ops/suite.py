@@ -57,10 +57,13 @@ class OpSuite:
         inputs = case_inputs(runnable_case, dtype, device)
         guarded, intact = with_guard_zones(inputs)
         expected = run_case(runnable_case, inputs, backend)
-        actual = run_case(runnable_case, guarded, backend)
+        with GuardedAllocations() as allocations:
+            actual = run_case(runnable_case, guarded, backend)
         for name, tensor in expected.items():
             assert_bit_equal(name, tensor, actual[name])
         intact()
+        assert allocations.count > 0, "no allocation of the kernel was seen"
+        allocations.assert_intact()
 
     def test_opcheck(self, typical_case: Case, backend: str, device: str) -> None:
         dtype = typical_case.dtypes[0]
@@ -165,6 +168,79 @@ class poisoned_allocations:  # noqa: N801 (reads like a function)
         torch.use_deterministic_algorithms(self.before)
 
 
+class GuardedAllocations(TorchDispatchMode):
+    """Puts every tensor that is allocated inside fused_attn's operators between zones of NaN.
+
+    A mode is off while it handles an operator, and would not see what a kernel allocates; so a
+    kernel is called below the mode, with the mode on.
+    """
+
+    _KERNELS: ClassVar[dict[str, torch._C.DispatchKey]] = {
+        "cpu": torch._C.DispatchKey.CPU,
+        "cuda": torch._C.DispatchKey.CUDA,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[tuple[Tensor, int]] = []
+        self.inside = False
+        self.count = 0
+        """Allocations seen, empty ones too."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace in ("fused_attn", "fused_attn_C"):
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            keys = torch._C.DispatchKeySet(self._KERNELS[tensors[0].device.type])
+            before, self.inside = self.inside, True
+            try:
+                with self:
+                    return func.redispatch(keys, *args, **kwargs)
+            finally:
+                self.inside = before
+        result = func(*args, **kwargs)
+        if not self.inside or func.overloadpacket._qualified_op_name not in (
+            "aten::empty",
+            "aten::new_empty",
+            "aten::empty_like",
+            "aten::empty_strided",
+            "aten::zeros",
+            "aten::new_zeros",
+        ):
+            return result
+        return self.guard(result)
+
+    def guard(self, tensor: Tensor) -> Tensor:
+        self.count += 1
+        if tensor.numel() == 0:
+            return tensor
+        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        buffer = torch.empty(extent + 2 * GUARD, dtype=tensor.dtype, device=tensor.device)
+        _fill_with_garbage(buffer)
+        self.buffers.append((buffer, extent))
+        view = buffer.as_strided(tensor.shape, tensor.stride(), GUARD)
+        return view.copy_(tensor)
+
+    def assert_intact(self) -> None:
+        """Raise AssertionError if something was written to a zone."""
+        for buffer, extent in self.buffers:
+            untouched = torch.empty_like(buffer)
+            _fill_with_garbage(untouched)
+            for zone in (slice(0, GUARD), slice(GUARD + extent, None)):
+                assert_bit_equal("memory around a result", buffer[zone], untouched[zone])
+
+
+def _fill_with_garbage(buffer: Tensor) -> None:
+    if buffer.is_floating_point():
+        buffer.fill_(float("nan"))
+    elif buffer.dtype == torch.bool:
+        buffer.fill_(True)
+    else:
+        buffer.fill_(torch.iinfo(buffer.dtype).max)
+
+
 def permuted(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same values with the first two of several dimensions laid out the other way round."""
 
@@ -185,12 +261,7 @@ def with_guard_zones(inputs: dict[str, Any]) -> tuple[dict[str, Any], Callable[[
             return value
         extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
         buffer = torch.empty(extent + 2 * GUARD, dtype=value.dtype, device=value.device)
-        if value.is_floating_point():
-            buffer.fill_(float("nan"))
-        elif value.dtype == torch.bool:
-            buffer.fill_(True)
-        else:
-            buffer.fill_(torch.iinfo(value.dtype).max)
+        _fill_with_garbage(buffer)
         view = buffer.as_strided(value.shape, value.stride(), GUARD)
         # Expanded dimensions share memory; writing one copy of them is enough.
         first = tuple(slice(0, 1) if s == 0 else slice(None) for s in value.stride())

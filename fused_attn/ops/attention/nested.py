@@ -30,7 +30,7 @@ def unnest(
     """
     tensors: dict[str, Any] = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_nested:
+        if not getattr(tensor, "is_nested", False):
             raise TypeError(f"{OP}: {name} must be nested as query is")
         if (
             tensor.layout != torch.jagged

@@ -1,0 +1,80 @@
+"""Random combinations of everything that ``attention`` takes, against the fp64 oracle.
+
+The examples are the same in every run; `--hypothesis-profile=long` draws many new ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fused_attn.ops.attention import cases
+from fused_attn.ops.attention.cases import AttentionCase
+from fused_attn.validation import check_case, fused_backends
+
+BACKENDS = fused_backends("attention", "cpu")
+
+
+def sizes(most: int) -> st.SearchStrategy[int]:
+    """Small ones, and some around the edges of tiles."""
+    edges = [n for n in (0, 1, 15, 16, 17, 48, 63, 64, 65, 128, 129, 200, 257) if n <= most]
+    return st.one_of(st.integers(1, min(most, 40)), st.sampled_from(edges))
+
+
+@st.composite
+def random_cases(draw: Any) -> tuple[AttentionCase, torch.dtype]:
+    B, H = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))
+    T, S = draw(sizes(257)), draw(sizes(257))
+    lengths = draw(st.booleans())
+    packed = lengths and draw(st.booleans())
+
+    def shape(*options: tuple[int, ...]) -> tuple[int, ...] | None:
+        return draw(st.sampled_from([None, None, *options]))
+
+    def of_batch(most: int) -> tuple[int, ...]:
+        return tuple(draw(st.lists(st.integers(0, most), min_size=B, max_size=B)))
+
+    pairs = ((T, S), (B, 1, T, S), (H, 1, S), (B, 1, 1, S), (1, H, T, 1), (1,))
+    side = st.none() | st.integers(0, 150)
+    arrangements = [None, None]
+    if not packed:
+        arrangements += [cases._heads_last, cases._columns_first, cases._large_logits]
+        arrangements += [cases._nan_behind_lengths] if lengths else []
+    options: dict[str, Any] = {
+        "D": draw(st.sampled_from([1, 8, 13, 16, 32, 64, 80])),
+        "Dv": draw(st.sampled_from([None, 1, 16, 40])),
+        "key_heads": draw(st.sampled_from([k for k in (1, 2, 4) if H % k == 0])),
+        "query_lengths": of_batch(T) if lengths else None,
+        "key_lengths": of_batch(S) if lengths else None,
+        "packed": packed,
+        "mask_shape": shape(*pairs),
+        "bias_shape": shape(*pairs),
+        "bias_fp32": draw(st.booleans()),
+        "sparse_tiles": shape((), (B, 1), (1, H)),
+        "is_causal": draw(st.booleans()),
+        "window": draw(st.none() | st.tuples(side, side)),
+        "align": draw(st.sampled_from(["upper_left", "lower_right"])),
+        "softcap": draw(st.sampled_from([None, None, 0.7, 20.0])),
+        "alibi": draw(st.booleans()),
+        "activation": draw(st.sampled_from(["softmax", "softmax", "sigmoid", "relu"])),
+        "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.1, 0.9])),
+        "scale": draw(st.sampled_from([None, None, 1.0, -0.5])),
+        "arrange": draw(st.sampled_from(arrangements)),
+    }
+    name = f"{B}-{H}-{T}-{S}-{sorted((k, str(v)) for k, v in options.items())}"
+    case = AttentionCase(name=name, kind="edge", B=B, H=H, T=T, S=S, **options)
+    return case, draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+
+
+@pytest.mark.parametrize(
+    "backend", BACKENDS or [pytest.param("", marks=pytest.mark.skip(reason="no fused backend"))]
+)
+@given(drawn=random_cases())
+def test_any_combination(backend: str, drawn: tuple[AttentionCase, torch.dtype]) -> None:
+    case, dtype = drawn
+    failed = [str(c) for c in check_case(case, backend, dtype) if not c.passed]
+    assert not failed, "\n".join(failed)

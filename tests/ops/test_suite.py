@@ -1,0 +1,37 @@
+"""The shared suite's own instruments: they must be able to fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .suite import GUARD, GuardedAllocations, with_guard_zones
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("place", [-1, 6])
+def test_a_write_outside_a_result_is_seen(dtype: torch.dtype, place: int) -> None:
+    allocations = GuardedAllocations()
+    result = allocations.guard(torch.zeros(2, 3, dtype=dtype))
+    allocations.assert_intact()
+    result.as_strided((1,), (1,), GUARD + place).zero_()
+    with pytest.raises(AssertionError, match="memory around a result: 1 of"):
+        allocations.assert_intact()
+
+
+def test_allocations_of_compiled_and_python_kernels_are_seen() -> None:
+    x = torch.randn(3, 8)
+    with GuardedAllocations() as allocations:
+        torch.empty(3)
+        assert allocations.count == 0
+        arguments = (x, None, None, None, None, 1e-5, 0.0, False)
+        torch.ops.fused_attn.add_layer_norm_forward(*arguments, "cpu")
+    assert allocations.count >= 3
+
+
+def test_a_write_outside_an_input_is_seen() -> None:
+    guarded, intact = with_guard_zones({"x": torch.zeros(4)})
+    intact()
+    guarded["x"].as_strided((1,), (1,), GUARD + 4).zero_()
+    with pytest.raises(AssertionError, match="memory around x"):
+        intact()
