@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fused_attn import add_layer_norm
+from fused_attn.validation import fused_backends
+
 from .suite import GUARD, GuardedAllocations, with_guard_zones
 
 
@@ -19,13 +22,13 @@ def test_a_write_outside_a_result_is_seen(dtype: torch.dtype, place: int) -> Non
         allocations.assert_intact()
 
 
-def test_allocations_of_compiled_and_python_kernels_are_seen() -> None:
+@pytest.mark.parametrize("backend", fused_backends("add_layer_norm", "cpu"))
+def test_allocations_of_kernels_are_seen(backend: str) -> None:
     x = torch.randn(3, 8)
     with GuardedAllocations() as allocations:
         torch.empty(3)
         assert allocations.count == 0
-        arguments = (x, None, None, None, None, 1e-5, 0.0, False)
-        torch.ops.fused_attn.add_layer_norm_forward(*arguments, "cpu")
+        add_layer_norm(x, backend=backend)
     assert allocations.count >= 3
 
 
