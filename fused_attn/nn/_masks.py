@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_attn.ops import BlockMask
+
 
 class Visibility(NamedTuple):
-    """What restricts one call of the attention op, in the op's own terms."""
+    """What restricts one call of the attention op, under the names of its arguments."""
 
     mask: Tensor | None = None
     bias: Tensor | None = None
     query_lengths: Tensor | None = None
     key_lengths: Tensor | None = None
     is_causal: bool = False
+    block_mask: BlockMask | None = None
+    alibi_slopes: Tensor | None = None
+    window: tuple[int | None, int | None] | None = None
+    align: Literal["upper_left", "lower_right"] = "upper_left"
+    softcap: float | None = None
+
+    @property
+    def has_positions(self) -> bool:
+        """Something depends on where a key is, apart from masks, lengths and causality."""
+        places = (self.block_mask, self.alibi_slopes, self.window)
+        return any(place is not None for place in places) or self.align != "upper_left"
 
 
 def convert_masks(
@@ -89,7 +102,15 @@ def append_visible_keys(
     """Restrictions for ``S + count`` keys, the last ``count`` of them visible to every query.
 
     Neither causality nor key lengths can say that: they become a mask.
+
+    Raises:
+        ValueError: There are restrictions by position: the new keys have none.
     """
+    if visibility.has_positions:
+        raise ValueError(
+            "MultiheadAttention: block_mask, alibi_slopes, window and align do not go with "
+            "add_bias_kv or add_zero_attn, whose keys have no position"
+        )
     mask, bias = visibility.mask, visibility.bias
     if visibility.is_causal:
         causal = torch.ones(T, S, dtype=torch.bool, device=device).tril()
@@ -101,7 +122,7 @@ def append_visible_keys(
         mask = F.pad(mask, (0, count), value=True)
     if bias is not None:
         bias = F.pad(bias, (0, count))
-    return Visibility(mask, bias, visibility.query_lengths)
+    return Visibility(mask, bias, visibility.query_lengths, softcap=visibility.softcap)
 
 
 def padded_keys(S: int, key_padding_mask: Tensor | None, key_lengths: Tensor | None) -> Tensor:

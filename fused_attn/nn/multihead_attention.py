@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_attn.ops import attention
+from fused_attn.ops import BlockMask, attention
 
 from ._masks import Visibility, append_visible_keys, convert_masks, padded_keys
-from ._weights import attention_weights
 
 _NAME = "MultiheadAttention"
 
@@ -94,6 +95,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         *,
         query_lengths: Tensor | None = None,
         key_lengths: Tensor | None = None,
+        block_mask: BlockMask | None = None,
+        alibi_slopes: Tensor | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        align: Literal["upper_left", "lower_right"] = "upper_left",
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from each query to the keys.
 
@@ -113,6 +119,13 @@ class MultiheadAttention(nn.MultiheadAttention):
                 nothing, and cost nothing.
             key_lengths: ``[B]`` int32 or int64: keys at and behind their length are ignored, and
                 cost nothing.
+            block_mask: Tiles of a mask, made once for many layers; its empty ones cost nothing.
+            alibi_slopes: ``[H]`` or ``[B, H]`` fp32: each logit loses its slope times the distance
+                from the diagonal.
+            window: ``(left, right)``: how far from the diagonal a query sees; None: no limit.
+            align: Whether the diagonal of causality, ALiBi and window begins in the upper left
+                corner or ends in the lower right one.
+            softcap: Bounds the logits smoothly to (-softcap, softcap).
 
         Returns:
             The output, shaped as ``query``, and the weights or None: ``[B, T, S]`` averaged,
@@ -146,6 +159,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             query_lengths,
             key_lengths,
             is_causal,
+        )._replace(
+            block_mask=block_mask,
+            alibi_slopes=alibi_slopes,
+            window=window,
+            align=align,
+            softcap=softcap,
         )
         extra = (self.bias_k is not None) + self.add_zero_attn
         if extra > 0:
@@ -155,15 +174,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             k, v = _clear_padded_keys(k, v, key_padding_mask, merged_lengths)
         if extra > 0:
             k, v = self._append_keys(k, v)
-        output, lse = self._attend(q, k, v, visibility)
-        if not is_batched:
-            output = output.squeeze(batch)
         if not need_weights:
-            return output, None
-        weights = attention_weights(q, k, lse, visibility)
-        if average_attn_weights:
-            weights = weights.mean(dim=1)
-        return output, weights if is_batched else weights.squeeze(0)
+            output = self._attend(q, k, v, visibility)
+            return output if is_batched else output.squeeze(batch), None
+        context, weights = self._attention(
+            q, k, v, visibility, return_weights="mean" if average_attn_weights else True
+        )
+        output = self._merge(context)
+        if is_batched:
+            return output, weights
+        return output.squeeze(batch), weights.squeeze(0)
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``project_query`` and ``project_key_value`` in one product where the inputs are one.
@@ -230,6 +250,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         query_lengths: Tensor | None = None,
         key_lengths: Tensor | None = None,
         is_causal: bool = False,
+        block_mask: BlockMask | None = None,
+        alibi_slopes: Tensor | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        align: Literal["upper_left", "lower_right"] = "upper_left",
+        softcap: float | None = None,
     ) -> Tensor:
         """Attention of projected queries, merge of the heads and output projection.
 
@@ -246,35 +271,58 @@ class MultiheadAttention(nn.MultiheadAttention):
             query_lengths: ``[B]``.
             key_lengths: ``[B]``.
             is_causal: Query t attends to keys 0..t.
+            block_mask: Tiles of a mask.
+            alibi_slopes: ``[H]`` or ``[B, H]``.
+            window: ``(left, right)``.
+            align: Of the diagonal.
+            softcap: Of the logits.
 
         Returns:
             ``[B, T, E]``, or ``[T, B, E]`` without ``batch_first``.
         """
-        visibility = Visibility(mask, bias, query_lengths, key_lengths, is_causal)
-        return self._attend(q, k, v, visibility)[0]
+        visibility = Visibility(
+            mask,
+            bias,
+            query_lengths,
+            key_lengths,
+            is_causal,
+            block_mask,
+            alibi_slopes,
+            window,
+            align,
+            softcap,
+        )
+        return self._attend(q, k, v, visibility)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility
-    ) -> tuple[Tensor, Tensor]:
-        """Output in the module's layout, and lse ``[B, H, T]``."""
-        mask, bias, query_lengths, key_lengths, is_causal = visibility
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
+        """Output in the module's layout."""
+        return self._merge(self._attention(q, k, v, visibility, return_weights=False))
+
+    def _attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visibility: Visibility,
+        return_weights: bool | Literal["mean"],
+    ) -> Any:
+        """``attention`` with the module's dropout."""
+        bias = visibility.bias
         if bias is not None and bias.dtype not in (q.dtype, torch.float32):
-            bias = bias.to(q.dtype)
-        context, lse = attention(
+            visibility = visibility._replace(bias=bias.to(q.dtype))
+        return attention(
             q,
             k,
             v,
-            mask=mask,
-            bias=bias,
-            query_lengths=query_lengths,
-            key_lengths=key_lengths,
-            is_causal=is_causal,
+            **visibility._asdict(),
             dropout_p=self.dropout if self.training else 0.0,
-            return_lse=True,
+            return_weights=return_weights,
         )
+
+    def _merge(self, context: Tensor) -> Tensor:
+        """Heads ``[B, H, T, D]`` to the output in the module's layout."""
         order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
-        merged = context.permute(order).flatten(2)
-        return self.out_proj(merged), lse
+        return self.out_proj(context.permute(order).flatten(2))
 
     def _split(self, packed: Tensor, count: int) -> tuple[Tensor, ...]:
         """``[B, T, count * E]`` in the module's layout into ``count`` views ``[B, H, T, D]``."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._philox import keep_mask
 from .block_mask import BlockMask
-from .contract import RELU, SIGMOID, SOFTMAX, AttentionInputs
+from .contract import SIGMOID, SOFTMAX, AttentionInputs
 
 
 def attention_reference(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -24,10 +24,12 @@ def attention_reference(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     logits, allowed = masked_logits(inputs)
     v = value.to(logits.dtype).masked_fill(~seen_keys(inputs, allowed), 0.0)
     v = v.repeat_interleave(group_size(inputs), dim=1)
-    lse = log_sum_exp(logits)
-    if inputs.activation != SOFTMAX:
-        lse = torch.zeros_like(lse).masked_fill((logits == -math.inf).all(dim=-1), -math.inf)
-    weights = weights_of(logits, lse, inputs.activation)
+    if inputs.activation == SOFTMAX:
+        weights, lse = softmax(logits)
+    else:
+        weights = activated(logits, inputs.activation)
+        lse = logits.new_zeros(logits.shape[:-1])
+        lse = lse.masked_fill((logits == -math.inf).all(dim=-1), -math.inf)
     if inputs.dropout_p > 0.0:
         assert inputs.seed is not None  # the public function draws one
         kept = dropout_mask(inputs.seed, inputs.logical_shape, inputs.dropout_p)
@@ -58,26 +60,24 @@ def masked_logits(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     return logits.masked_fill(~allowed, -math.inf), allowed
 
 
-def log_sum_exp(logits: Tensor) -> Tensor:
-    """``[B, H, T]``: of each row, -inf for a row of -inf or without elements."""
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights, and the lse of each row: 0 and -inf for a row of -inf, or without elements."""
     if logits.size(-1) == 0:
-        return logits.sum(dim=-1) - math.inf
+        return logits, logits.sum(dim=-1) - math.inf
     # A row of -inf would give NaN: shift by 0 instead.
     peak = logits.detach().amax(dim=-1, keepdim=True)
     peak = peak.masked_fill(peak == -math.inf, 0.0)
-    total = torch.exp(logits - peak).sum(dim=-1, keepdim=True)
+    weights = torch.exp(logits - peak)
+    total = weights.sum(dim=-1, keepdim=True)
     empty = total == 0.0
-    lse = peak + torch.log(total.masked_fill(empty, 1.0))
-    return lse.masked_fill(empty, -math.inf).squeeze(-1)
+    total = total.masked_fill(empty, 1.0)
+    lse = (peak + torch.log(total)).masked_fill(empty, -math.inf)
+    return weights / total, lse.squeeze(-1)
 
 
-def weights_of(logits: Tensor, lse: Tensor, activation: int) -> Tensor:
-    """Weights ``[B, H, T, S]``; 0 where a logit is -inf."""
-    if activation == SIGMOID:
-        return torch.sigmoid(logits)
-    if activation == RELU:
-        return torch.relu(logits)
-    return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+def activated(logits: Tensor, activation: int) -> Tensor:
+    """Weights other than softmax's; 0 where a logit is -inf."""
+    return torch.sigmoid(logits) if activation == SIGMOID else torch.relu(logits)
 
 
 def dropout_mask(seed: Tensor, shape: tuple[int, int, int, int], dropout_p: float) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .contract import AttentionInputs
-from .reference import group_size, masked_logits, unpacked, weights_of
+from .contract import SOFTMAX, AttentionInputs
+from .reference import activated, group_size, masked_logits, unpacked
 
 
 def attention_weights(inputs: AttentionInputs, lse: Tensor, mean: bool) -> Tensor:
@@ -34,7 +36,12 @@ def attention_weights(inputs: AttentionInputs, lse: Tensor, mean: bool) -> Tenso
     total = inputs.query.new_zeros(B, T, S, dtype=lse.dtype)
     for h in range(H):
         one = _head(inputs, h)
-        weights = weights_of(masked_logits(one)[0], lse[:, h : h + 1], inputs.activation)
+        logits, _ = masked_logits(one)
+        if inputs.activation == SOFTMAX:
+            shift = lse[:, h : h + 1, :, None]
+            weights = torch.exp(logits - shift.masked_fill(shift == -math.inf, 0.0))
+        else:
+            weights = activated(logits, inputs.activation)
         if mean:
             total = total + weights[:, 0] / H
         else:
