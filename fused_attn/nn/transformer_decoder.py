@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_attn.ops import BlockMask
+
 from ._residual import Sublayer, active_p, connect
 from ._stack import activation_function, clear_padding, detect_causal
 from .layer_norm import AddLayerNorm
@@ -85,6 +87,8 @@ class TransformerDecoderLayer(nn.Module):
         *,
         tgt_lengths: Tensor | None = None,
         memory_lengths: Tensor | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        block_mask: BlockMask | None = None,
     ) -> Tensor:
         """Decode one layer further.
 
@@ -101,6 +105,8 @@ class TransformerDecoderLayer(nn.Module):
             tgt_lengths: ``[B]``: attention skips what lies behind. The output there is finite
                 for finite input, and otherwise unspecified.
             memory_lengths: ``[B]``: attention skips what lies behind.
+            window: ``(left, right)``: how far self-attention looks to both sides; None: no limit.
+            block_mask: Tiles of a mask of self-attention, made once for all layers.
 
         Returns:
             Shape of ``tgt``.
@@ -121,6 +127,8 @@ class TransformerDecoderLayer(nn.Module):
                 is_causal=tgt_is_causal,
                 query_lengths=tgt_lengths,
                 key_lengths=tgt_lengths,
+                window=window,
+                block_mask=block_mask,
             )[0]
 
         def cross_attention(x: Tensor) -> Tensor:
@@ -210,6 +218,8 @@ class TransformerDecoder(nn.Module):
         *,
         tgt_lengths: Tensor | None = None,
         memory_lengths: Tensor | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        block_mask: BlockMask | None = None,
     ) -> Tensor:
         """Decode.
 
@@ -228,6 +238,8 @@ class TransformerDecoder(nn.Module):
                 the output in front of it nor any gradient. The output behind is unspecified.
             memory_lengths: ``[B]``: attention skips what lies behind, and NaN there reaches
                 neither output nor gradient.
+            window: ``(left, right)``: how far self-attention looks to both sides; None: no limit.
+            block_mask: Tiles of a mask of self-attention, made once for all layers.
 
         Returns:
             Shape of ``tgt``.
@@ -237,10 +249,14 @@ class TransformerDecoder(nn.Module):
             ValueError: Shapes disagree.
         """
         tgt_is_causal = detect_causal(tgt_mask, tgt_is_causal)
-        # A layer of another make need not know lengths.
-        lengths: dict[str, Tensor | None] = {}
-        if tgt_lengths is not None or memory_lengths is not None:
-            lengths = {"tgt_lengths": tgt_lengths, "memory_lengths": memory_lengths}
+        # A layer of another make need not know what torch.nn does not have.
+        options = {
+            "tgt_lengths": tgt_lengths,
+            "memory_lengths": memory_lengths,
+            "window": window,
+            "block_mask": block_mask,
+        }
+        given = {name: option for name, option in options.items() if option is not None}
         x = clear_padding(tgt, tgt_lengths, self.layers)
         memory = clear_padding(memory, memory_lengths, self.layers)
         for layer in self.layers:
@@ -253,6 +269,6 @@ class TransformerDecoder(nn.Module):
                 memory_key_padding_mask=memory_key_padding_mask,
                 tgt_is_causal=tgt_is_causal,
                 memory_is_causal=memory_is_causal,
-                **lengths,
+                **given,
             )
         return x if self.norm is None else self.norm(x)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_attn.ops import BlockMask
+
 from ._residual import Sublayer, active_p, connect
 from ._stack import activation_function, clear_padding, detect_causal
 from .layer_norm import AddLayerNorm
@@ -75,6 +77,8 @@ class TransformerEncoderLayer(nn.Module):
         is_causal: bool = False,
         *,
         src_lengths: Tensor | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        block_mask: BlockMask | None = None,
     ) -> Tensor:
         """Encode one layer further.
 
@@ -86,6 +90,8 @@ class TransformerEncoderLayer(nn.Module):
             is_causal: See ``MultiheadAttention.forward``.
             src_lengths: ``[B]``: attention skips what lies behind. The output there is finite
                 for finite input, and otherwise unspecified.
+            window: ``(left, right)``: how far self-attention looks to both sides; None: no limit.
+            block_mask: Tiles of a mask of self-attention, made once for all layers.
 
         Returns:
             Shape of ``src``.
@@ -106,6 +112,8 @@ class TransformerEncoderLayer(nn.Module):
                 is_causal=is_causal,
                 query_lengths=src_lengths,
                 key_lengths=src_lengths,
+                window=window,
+                block_mask=block_mask,
             )[0]
 
         return connect(
@@ -158,6 +166,8 @@ class TransformerEncoder(nn.Module):
         is_causal: bool | None = None,
         *,
         src_lengths: Tensor | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        block_mask: BlockMask | None = None,
     ) -> Tensor:
         """Encode.
 
@@ -169,6 +179,8 @@ class TransformerEncoder(nn.Module):
             is_causal: Whether ``mask`` is the causal one. Default: find out.
             src_lengths: ``[B]``: attention skips what lies behind, and NaN there reaches neither
                 the output in front of it nor any gradient. The output behind is unspecified.
+            window: ``(left, right)``: how far self-attention looks to both sides; None: no limit.
+            block_mask: Tiles of a mask of self-attention, made once for all layers.
 
         Returns:
             Shape of ``src``.
@@ -178,8 +190,9 @@ class TransformerEncoder(nn.Module):
             ValueError: Shapes disagree.
         """
         is_causal = detect_causal(mask, is_causal)
-        # A layer of another make need not know lengths.
-        lengths = {} if src_lengths is None else {"src_lengths": src_lengths}
+        # A layer of another make need not know what torch.nn does not have.
+        options = {"src_lengths": src_lengths, "window": window, "block_mask": block_mask}
+        given = {name: option for name, option in options.items() if option is not None}
         x = clear_padding(src, src_lengths, self.layers)
         for layer in self.layers:
             x = layer(
@@ -187,6 +200,6 @@ class TransformerEncoder(nn.Module):
                 src_mask=mask,
                 is_causal=is_causal,
                 src_key_padding_mask=src_key_padding_mask,
-                **lengths,
+                **given,
             )
         return x if self.norm is None else self.norm(x)
