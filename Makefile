@@ -10,12 +10,13 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu cs
 CXX_FILES := $(SOURCES)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format validate bench gpu clean
+.PHONY: help install demo test lint format docs validate bench gpu clean
 
 help:
 	@echo "make demo      install, validate, benchmark, train and translate (5 minutes)"
 	@echo "make test      install and run the tests"
 	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make docs      draw the pictures of docs/attention.md"
 	@echo "make validate  check every kernel against its reference on this machine"
 	@echo "make bench     the benchmarks, beside PyTorch"
 	@echo "make gpu       build, validate, test and benchmark on a CUDA GPU"
@@ -58,6 +59,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(READY)
+	$(BIN)/python docs/pictures.py
 
 validate: $(READY)
 	$(BIN)/fused-attn validate
