@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fused_attn import attention
 from fused_attn.ops._cases import Case
@@ -81,7 +83,81 @@ def _one_by_one(inputs: Mapping[str, Any]) -> Tensor:
     return torch.cat(outputs)
 
 
+def forced(backend: str) -> Callable[[Case], Run]:
+    """A peer held to one of SDPA's backends; it fails where that backend refuses the call."""
+
+    def make(case: Case) -> Run:
+        default = peer(case)
+
+        def run(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return default(inputs)
+
+        return run
+
+    return make
+
+
+def flex(case: Case) -> Run:
+    """FlexAttention, compiled for the case; the first call compiles."""
+    compiled = torch.compile(flex_attention, dynamic=False)
+    made: dict[str, Any] = {}
+
+    def run(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        if not made:
+            made["block_mask"] = _flex_mask(inputs)
+        bias = inputs.get("bias")
+
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return score + bias[h, t, s]
+
+        output = compiled(
+            inputs["query"],
+            inputs["key"],
+            inputs["value"],
+            score_mod=None if bias is None else add_bias,
+            block_mask=made["block_mask"],
+            scale=inputs["scale"],
+            enable_gqa=inputs["query"].size(1) != inputs["key"].size(1),
+        )
+        return (output,)
+
+    return run
+
+
+def _flex_mask(inputs: Mapping[str, Any]) -> Any:
+    query, key = inputs["query"], inputs["key"]
+    if "query_offsets" in inputs or inputs.get("dropout_p") or "alibi_slopes" in inputs:
+        raise NotImplementedError("not written for FlexAttention")
+    lengths = inputs.get("key_lengths")
+    sizes = (query.size(2), key.size(2))
+    if lengths is not None:
+        ends, queries = lengths, inputs["query_lengths"]
+        return create_block_mask(
+            lambda b, h, t, s: (s < ends[b]) & (t < queries[b]),
+            query.size(0),
+            None,
+            *sizes,
+            device=key.device,
+        )
+    if any(name in inputs for name in _PLACES):
+        mask = _equivalent_mask(inputs)
+        assert mask is not None
+        return create_block_mask(
+            lambda b, h, t, s: mask[t, s], None, None, *sizes, device=key.device
+        )
+    if inputs["is_causal"]:
+        return create_block_mask(lambda b, h, t, s: t >= s, None, None, *sizes, device=key.device)
+    return None
+
+
 PROVIDERS = {"fused_attn": ours, "torch": peer}
+GPU_PEERS = {
+    "cudnn": forced("CUDNN_ATTENTION"),
+    "flash": forced("FLASH_ATTENTION"),
+    "efficient": forced("EFFICIENT_ATTENTION"),
+    "flex": flex,
+}
 
 
 @parametrize(OP)
