@@ -40,11 +40,15 @@ TORCH_LIBRARY(fused_attn_C, m) {
       "Tensor, Tensor)");
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, "
-      "Tensor? query_lengths, Tensor? key_lengths, bool is_causal, float scale) "
-      "-> (Tensor, Tensor)");
+      "Tensor? alibi_slopes, Tensor? query_lengths, Tensor? key_lengths, Tensor? query_offsets, "
+      "Tensor? key_offsets, Tensor[] block_mask, Tensor? seed, int left, int right, "
+      "bool align_lower_right, float scale, float softcap, int activation, float dropout_p, "
+      "int max_queries, int max_keys) -> (Tensor, Tensor)");
   m.def(
-      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
-      "Tensor? mask, Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, Tensor output, "
-      "Tensor lse, bool is_causal, float scale, bool need_grad_bias) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, "
+      "Tensor value, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? query_lengths, "
+      "Tensor? key_lengths, Tensor? query_offsets, Tensor? key_offsets, Tensor[] block_mask, "
+      "Tensor? seed, int left, int right, bool align_lower_right, float scale, float softcap, "
+      "int activation, float dropout_p, int max_queries, int max_keys, Tensor output, Tensor lse, "
+      "bool need_grad_bias) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -13,28 +13,46 @@ namespace FUSED_ATTN_ISA {
 constexpr int kBlockQueries = 96;
 constexpr int kTileKeys = 128;
 
+static_assert(kMaskStep <= kBlockQueries);
+
 // Memory of one thread.
 struct BackwardScratch {
   explicit BackwardScratch(const AttentionInputs& in)
-      : visible(in.keys),
-        k_panels(round_up(in.keys, kPanel) * in.head_size),
-        v_panels(round_up(in.keys, kPanel) * in.value_size),
-        k_rows(in.keys * round_up(in.head_size, kVec)),
-        q(kBlockQueries * kRowStride),
-        grad_output(kBlockQueries * kRowStride),
-        dq(kBlockQueries * kRowStride),
-        weights(kBlockQueries * kScoreStride),
-        dscores(kBlockQueries * kScoreStride) {}
+      : few(in.queries <= kFewQueries),
+        rows(few ? kFewQueries : kBlockQueries),
+        packed_keys(round_up(in.keys, kPanel) + kPanel),
+        visible(in.keys),
+        tiles(most_tiles(in.keys)),
+        k_panels(few ? 0 : packed_keys * in.head_size),
+        v_panels(few ? 0 : packed_keys * in.value_size),
+        k_rows(packed_keys * round_up(in.head_size, kVec)),
+        q(rows * kRowStride),
+        grad_output(rows * kRowStride),
+        dq(rows * kRowStride),
+        weights(rows * kScoreStride),
+        dscores(rows * kScoreStride),
+        derivative(in.softcap > 0.0f ? rows * kScoreStride : 0),
+        kept(in.keep_threshold ? rows * kKeptStride : 0),
+        philox(in.seed) {}
 
+  static constexpr int64_t kKeptStride = kTileKeys + kBlockElements;
+
+  const bool few;
+  const int64_t rows;
+  const int64_t packed_keys;
   Scratch<uint8_t> visible;
+  Scratch<KeyTile> tiles;
   Scratch<float> k_panels;
   Scratch<float> v_panels;
   Scratch<float> k_rows;       // where the keys cannot be used as they are
-  Scratch<float> q;            // [kBlockQueries, D], scaled
-  Scratch<float> grad_output;  // [kBlockQueries, Dv]
-  Scratch<float> dq;           // [kBlockQueries, D]
-  Scratch<float> weights;      // [kBlockQueries, kTileKeys]
-  Scratch<float> dscores;      // [kBlockQueries, kTileKeys]
+  Scratch<float> q;            // [rows, D], scaled
+  Scratch<float> grad_output;  // [rows, Dv], times the scale of dropout
+  Scratch<float> dq;           // [rows, D]
+  Scratch<float> weights;      // [rows, kTileKeys]
+  Scratch<float> dscores;      // [rows, kTileKeys]
+  Scratch<float> derivative;   // [rows, kTileKeys], of the soft-cap
+  Scratch<uint32_t> kept;      // [rows, kTileKeys], by dropout
+  const PhiloxKeys philox;
 };
 
 // Sum of products of two rows.
@@ -47,28 +65,69 @@ static inline float dot(const float* a, const T* b, int64_t width) {
   return reduce_add(sum);
 }
 
-// From logits [0, count) and the gradient of the weights, in place: the weights and the gradient of
-// the logits. Zeros as far as `width`.
-static inline void gradient_row(float* weights, float* dscores, int64_t count, int64_t width,
-                                float lse, float delta) {
-  int64_t s = 0;
-  for (; s < count; s += kVec) {
-    const Vec weight = exp2_flushed((load(weights + s) - lse) * kLog2E);
-    store(weights + s, weight);
-    store(dscores + s, weight * (load(dscores + s) - delta));
+// Of one row and tile: from logits, in place the weights that multiply the values, and from the
+// gradient of those that of the logits. Zeros outside of `span`.
+template <Activation kActivation, bool kDropout>
+static inline void gradient_row(float* weights, float* dscores, const uint32_t* kept, Span span,
+                                int64_t width, float lse, float delta) {
+  const int64_t begin = round_down(span.begin, kVec);
+  const int64_t end = span.begin == span.end ? begin : round_up(span.end, kVec);
+  for (int64_t s = 0; s < begin; s += kVec) {
+    store(weights + s, Vec{});
+    store(dscores + s, Vec{});
   }
-  for (; s < width; s += kVec) {
+  for (int64_t s = begin; s < end; s += kVec) {
+    const Vec x = load(weights + s);
+    Vec dweight = load(dscores + s);
+    if constexpr (kDropout) dweight = keep_or_zero(dweight, kept + s);
+    Vec weight;
+    Vec dscore;
+    if constexpr (kActivation == Activation::kSoftmax) {
+      weight = exp2_flushed((x - lse) * kLog2E);
+      dscore = weight * (dweight - delta);
+    } else if constexpr (kActivation == Activation::kSigmoid) {
+      weight = sigmoid(x);
+      dscore = weight * (1.0f - weight) * dweight;
+    } else {
+      weight = max(Vec{}, x);
+      dscore = select(x > Vec{}, dweight, Vec{});
+    }
+    if constexpr (kDropout) weight = keep_or_zero(weight, kept + s);
+    store(weights + s, weight);
+    store(dscores + s, dscore);
+  }
+  for (int64_t s = end; s < width; s += kVec) {
     store(weights + s, Vec{});
     store(dscores + s, Vec{});
   }
 }
 
-// Sum of weights times their gradients, from logits [0, count).
-static inline float delta_of_row(const float* logits, const float* dweights, int64_t count,
-                                 float lse) {
+template <bool kDropout>
+static inline void gradient_row(Activation activation, float* weights, float* dscores,
+                                const uint32_t* kept, Span span, int64_t width, float lse,
+                                float delta) {
+  switch (activation) {
+    case Activation::kSoftmax:
+      return gradient_row<Activation::kSoftmax, kDropout>(weights, dscores, kept, span, width, lse,
+                                                          delta);
+    case Activation::kSigmoid:
+      return gradient_row<Activation::kSigmoid, kDropout>(weights, dscores, kept, span, width, lse,
+                                                          delta);
+    case Activation::kRelu:
+      return gradient_row<Activation::kRelu, kDropout>(weights, dscores, kept, span, width, lse,
+                                                       delta);
+  }
+}
+
+// Sum of weights times their gradients, from logits `span`; `kept` may be null.
+static inline float delta_of_row(const float* logits, const float* dweights, const uint32_t* kept,
+                                 Span span, float lse) {
   Vec sum{};
-  for (int64_t s = 0; s < count; s += kVec)
-    sum += exp2_flushed((load(logits + s) - lse) * kLog2E) * load(dweights + s);
+  if (span.begin == span.end) return 0.0f;
+  for (int64_t s = round_down(span.begin, kVec); s < span.end; s += kVec) {
+    const Vec weight = exp2_flushed((load(logits + s) - lse) * kLog2E);
+    sum += weight * (kept ? keep_or_zero(load(dweights + s), kept + s) : load(dweights + s));
+  }
   return reduce_add(sum);
 }
 
@@ -89,139 +148,260 @@ static inline void add_to_bias(const AttentionBackward& p, const Head& head, int
   for (; s < count; ++s) out[s] += dscores[s];
 }
 
-// Queries [begin, begin + rows) of a head; dk and dv are the head's.
+// Queries [begin, begin + rows) of a head. `k`, the panels, dk and dv begin at the key `origin`.
 template <typename T>
 static void backward_block(const AttentionBackward& p, const Head& head, int64_t chunk,
-                           int64_t begin, int64_t rows, FloatRows k, float* dk, float* dv,
-                           BackwardScratch& scratch) {
+                           int64_t begin, int64_t rows, FloatRows k, int64_t origin, float* dk,
+                           float* dv, BackwardScratch& scratch) {
   const AttentionInputs& in = p.in;
   const int64_t D = in.head_size;
   const int64_t Dv = in.value_size;
-  const int64_t keys = key_limit(in, head, begin + rows - 1);
-  const int64_t first = (head.b * in.heads + head.h) * in.queries + begin;
-  const float* lse = p.lse + first;
+  const float* lse = p.lse + lse_offset(in, head, begin);
   float* q = scratch.q.data();
   float* grad_output = scratch.grad_output.data();
   float* dq = scratch.dq.data();
   float* weights = scratch.weights.data();
   float* dscores = scratch.dscores.data();
+  const KeyTile* tiles = scratch.tiles.data();
+  const int64_t count = plan_tiles(in, head, begin, rows, kTileKeys, scratch.tiles.data());
+  if (count == 0) {
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(queries_of<T>(p.dq, head, begin + r), D, T{});
+    return;
+  }
 
   // A query that looks at nothing takes part as zeros, whatever it holds.
   const auto active = [&](int64_t r) { return lse[r] != -kInfinity; };
-  copy_rows(head_of<T>(in.q, head.b, head.h) + begin * in.q.stride_row, in.q.stride_row, rows, D,
-            in.scale, q, kRowStride, active);
-  copy_rows(head_of<T>(p.grad_output, head.b, head.h) + begin * p.grad_output.stride_row,
-            p.grad_output.stride_row, rows, Dv, 1.0f, grad_output, kRowStride, active);
-  // Logits, and gradients of the weights, of the keys [s, s + tile).
-  const auto limit = [&](int64_t last, int64_t s, int64_t tile) {
-    return std::clamp<int64_t>(key_limit(in, head, begin + last) - s, 0, tile);
+  copy_rows(queries_of<T>(in.q, head, begin), in.q.stride_row, rows, D, in.scale, q, kRowStride,
+            active);
+  // Dropout's scale belongs to the weights, and so to both products of them with grad_output.
+  copy_rows(queries_of<T>(p.grad_output, head, begin), p.grad_output.stride_row, rows, Dv,
+            in.keep_scale, grad_output, kRowStride, active);
+  // Keys of a tile that query r, and that the queries of its strip, may look at.
+  Span spans[kBlockQueries];
+  Span strips[(kBlockQueries + kStrip - 1) / kStrip];
+  const auto kept_of = [&](int64_t r) {
+    return in.keep_threshold ? scratch.kept.data() + r * BackwardScratch::kKeptStride : nullptr;
   };
-  const auto count_of = [&](int64_t r, int64_t s, int64_t tile) {
-    return active(r) ? limit(r, s, tile) : 0;
-  };
-  const auto fill_tile = [&](int64_t s, int64_t tile) {
-    const auto multiply = [&](const float* a, const float* panel, int64_t depth, float* c,
-                              int64_t j) {
-      for (int64_t r = 0; r < rows; r += kStrip) {
-        const int64_t strip = std::min<int64_t>(kStrip, rows - r);
-        if (limit(r + strip - 1, s, tile) <= j) continue;
-        strip_product<2, kRowStride, false>(strip, depth, a + r * kRowStride, panel, kPanel,
-                                            c + r * kScoreStride + j, kScoreStride, false);
-      }
-    };
-    for (int64_t j = 0; j < tile; j += kPanel) {
-      multiply(q, scratch.k_panels.data() + (s + j) * D, D, weights, j);
-      multiply(grad_output, scratch.v_panels.data() + (s + j) * Dv, Dv, dscores, j);
-    }
+  // Logits, and gradients of the weights, of a tile.
+  const auto fill_tile = [&](const KeyTile& tile) {
+    const int64_t s = tile.begin;
+    const int64_t width = tile.end - s;
     for (int64_t r = 0; r < rows; ++r)
-      finish_logits(in, head, begin + r, s, count_of(r, s, tile), weights + r * kScoreStride);
+      spans[r] = active(r) ? relative(span_of(in, head, begin + r), s, width) : Span{0, 0};
+    for (int64_t r = 0; r < rows; r += kStrip)
+      strips[r / kStrip] = relative(
+          span_of(in, head, begin + r, begin + std::min<int64_t>(r + kStrip, rows)), s, width);
+    if (scratch.few) {
+      const Span span = relative(span_of(in, head, begin, begin + rows), s, width);
+      const uint8_t* visible = head.visible ? head.visible + s : nullptr;
+      dot_product(rows, q, keys_of<T>(in.k, head, s), in.k.stride_row, D, span, visible, weights);
+      dot_product(rows, grad_output, keys_of<T>(in.v, head, s), in.v.stride_row, Dv, span, visible,
+                  dscores);
+    } else {
+      const int64_t j = s - origin;
+      panel_product(rows, width, D, q, scratch.k_panels.data() + j * D, strips, weights);
+      panel_product(rows, width, Dv, grad_output, scratch.v_panels.data() + j * Dv, strips,
+                    dscores);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const Span span = spans[r];
+      float* derivative =
+          in.softcap > 0.0f ? scratch.derivative.data() + r * kScoreStride : nullptr;
+      finish_logits(in, head, tile, begin + r, span, weights + r * kScoreStride, derivative);
+      if (in.keep_threshold && span.begin < span.end) {
+        const int64_t first = round_down(span.begin, kVec);
+        kept_weights(in, scratch.philox, head, tile, begin + r, first, round_up(span.end, kVec),
+                     kept_of(r) + first);
+      }
+    }
   };
 
   // The output times its gradient is the sum over keys of weight times gradient. An output that
   // was rounded to 16 bits would give that sum an error far above the gradients' own where they
   // nearly cancel, so there the sum itself is taken.
   constexpr bool kRounded = !std::is_same_v<T, float>;
-  float delta[kBlockQueries];
-  for (int64_t r = 0; r < rows; ++r)
-    delta[r] = kRounded ? 0.0f
-                        : dot(grad_output + r * kRowStride,
-                              static_cast<const T*>(p.output) + (first + r) * Dv, Dv);
-  if constexpr (kRounded) {
-    for (int64_t s = 0; s < keys; s += kTileKeys) {
-      const int64_t tile = std::min<int64_t>(kTileKeys, keys - s);
-      fill_tile(s, tile);
+  const bool divided = in.activation == Activation::kSoftmax;
+  float delta[kBlockQueries] = {};
+  if (divided) {
+    if constexpr (kRounded) {
+      for (int64_t i = 0; i < count; ++i) {
+        fill_tile(tiles[i]);
+        for (int64_t r = 0; r < rows; ++r)
+          delta[r] += delta_of_row(weights + r * kScoreStride, dscores + r * kScoreStride,
+                                   kept_of(r), spans[r], lse[r]);
+      }
+    } else {
       for (int64_t r = 0; r < rows; ++r)
-        delta[r] += delta_of_row(weights + r * kScoreStride, dscores + r * kScoreStride,
-                                 count_of(r, s, tile), lse[r]);
+        delta[r] = dot(grad_output + r * kRowStride, queries_of<T>(p.output, head, begin + r), Dv) /
+                   in.keep_scale;
+    }
+    if (p.grad_lse) {
+      const float* grad_lse = p.grad_lse + lse_offset(in, head, begin);
+      for (int64_t r = 0; r < rows; ++r)
+        if (active(r)) delta[r] -= grad_lse[r];
     }
   }
 
-  for (int64_t s = 0; s < keys; s += kTileKeys) {
-    const int64_t tile = std::min<int64_t>(kTileKeys, keys - s);
+  for (int64_t i = 0; i < count; ++i) {
+    const KeyTile& tile = tiles[i];
+    const int64_t s = tile.begin;
+    const int64_t width = tile.end - s;
     // A single tile of 16-bit inputs is still there.
-    if (!kRounded || keys > kTileKeys) fill_tile(s, tile);
+    if (!(kRounded && divided && count == 1)) fill_tile(tile);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t count = count_of(r, s, tile);
+      const Span span = spans[r];
+      float* row = weights + r * kScoreStride;
       float* drow = dscores + r * kScoreStride;
-      gradient_row(weights + r * kScoreStride, drow, count, tile, lse[r], delta[r]);
-      if (p.dbias) add_to_bias(p, head, chunk, begin + r, s, count, drow);
+      if (in.keep_threshold)
+        gradient_row<true>(in.activation, row, drow, kept_of(r), span, width, lse[r], delta[r]);
+      else
+        gradient_row<false>(in.activation, row, drow, nullptr, span, width, lse[r], delta[r]);
+      if (p.dbias)
+        add_to_bias(p, head, chunk, begin + r, s + span.begin, span.end - span.begin,
+                    drow + span.begin);
+      if (in.softcap > 0.0f && span.begin < span.end) {
+        const float* derivative = scratch.derivative.data() + r * kScoreStride;
+        for (int64_t j = round_down(span.begin, kVec); j < span.end; j += kVec)
+          store(drow + j, load(drow + j) * load(derivative + j));
+      }
     }
-    // Keys of this tile that the queries [.., last) of the block may look at, and queries that
-    // may look at the keys from `first_key` on.
-    const auto keys_of = [&](int64_t, int64_t last) { return Span{0, limit(last - 1, s, tile)}; };
-    const auto queries_of = [&](int64_t first_key, int64_t) {
-      return Span{in.is_causal ? std::clamp<int64_t>(s + first_key - begin, 0, rows) : 0, rows};
+    // Queries that may look at the keys [first, last) of the tile: t + diagonal is between
+    // key - right and key + left.
+    const auto rows_of_keys = [&](int64_t first, int64_t last) {
+      const int64_t t = s - head.diagonal - begin;
+      const int64_t from = std::clamp<int64_t>(t + first - in.right, 0, rows);
+      return Span{from, std::clamp<int64_t>(t + last + in.left, from, rows)};
     };
-    product<kScoreStride, true>(tile, round_up(Dv, kVec), weights, grad_output, kRowStride,
-                                dv + s * p.dv_stride, p.dv_stride, true, queries_of);
-    product<kScoreStride, true>(tile, round_up(D, kVec), dscores, q, kRowStride,
-                                dk + s * p.dk_stride, p.dk_stride, true, queries_of);
-    product<kScoreStride, false>(rows, round_up(D, kVec), dscores, k.data + s * k.stride, k.stride,
-                                 dq, kRowStride, s > 0, keys_of);
+    product<kScoreStride, true>(width, round_up(Dv, kVec), weights, grad_output, kRowStride,
+                                dv + (s - origin) * p.dv.stride_row, p.dv.stride_row, true,
+                                rows_of_keys);
+    product<kScoreStride, true>(width, round_up(D, kVec), dscores, q, kRowStride,
+                                dk + (s - origin) * p.dk.stride_row, p.dk.stride_row, true,
+                                rows_of_keys);
+    product<kScoreStride, false>(rows, round_up(D, kVec), dscores, k.data + (s - origin) * k.stride,
+                                 k.stride, dq, kRowStride, i > 0,
+                                 [&](int64_t r, int64_t) { return strips[r / kStrip]; });
   }
-  T* out = static_cast<T*>(p.dq) + first * D;
-  if (keys == 0) {
-    std::memset(out, 0, sizeof(T) * static_cast<size_t>(rows * D));
-    return;
-  }
-  for (int64_t r = 0; r < rows; ++r) store_row(out + r * D, dq + r * kRowStride, D, in.scale);
+  for (int64_t r = 0; r < rows; ++r)
+    store_row(queries_of<T>(p.dq, head, begin + r), dq + r * kRowStride, D, in.scale);
+}
+
+FUSED_ATTN_INLINE float* sum_of(const ChunkSums& sums, int64_t chunk, int64_t b, int64_t key_head,
+                                int64_t row) {
+  return sums.data + chunk * sums.stride_chunk + b * sums.stride_b + key_head * sums.stride_h +
+         row * sums.stride_row;
+}
+
+static inline void clear_sums(const ChunkSums& sums, int64_t chunk, const Head& head, Span rows,
+                              int64_t width) {
+  for (int64_t s = rows.begin; s < rows.end; ++s)
+    std::fill_n(sum_of(sums, chunk, head.b, head.key_head, head.key_begin + s), width, 0.0f);
 }
 
 template <typename T>
-static void backward_head(const AttentionBackward& p, int64_t index, const AttentionTask& task,
-                          BackwardScratch& scratch) {
+static void backward_head(const AttentionBackward& p, const AttentionTasks& tasks, int64_t index,
+                          bool is_first, const AttentionTask& task, BackwardScratch& scratch) {
   const AttentionInputs& in = p.in;
-  const Head head = head_bounds(in, index, scratch.visible.data());
-  const int64_t rows = std::clamp(head.rows, task.row_begin, task.row_end);
-  const int64_t slice = (task.chunk * p.chunk_heads + index) * in.keys;
-  float* dk = p.dk + slice * p.dk_stride;
-  float* dv = p.dv + slice * p.dv_stride;
-  std::fill(dk, dk + in.keys * p.dk_stride, 0.0f);
-  std::fill(dv, dv + in.keys * p.dv_stride, 0.0f);
+  const Head head = head_bounds(in, tasks, index, task.row_chunk, scratch.visible.data());
+  const Sequence& sequence = in.sequences[head.b];
+  if (is_first) {
+    // `attention_finish` reads what a chunk's rows may look at as far as the window says.
+    Span rows = keys_of_rows(in, sequence, head.rows);
+    if (p.sums_are_results) rows = {0, in.is_packed ? sequence.keys : in.keys};
+    clear_sums(p.dk, task.sum_chunk, head, rows, round_up(in.head_size, kVec));
+    clear_sums(p.dv, task.sum_chunk, head, rows, round_up(in.value_size, kVec));
+  }
+  const Span range = head.range;
+  const int64_t origin = round_down(range.begin, kPanel);
   FloatRows k{};
-  if (rows > task.row_begin) {
-    const int64_t keys = key_limit(in, head, rows - 1);
-    const T* k_ptr = head_of<T>(in.k, head.b, head.h);
-    pack_transposed(k_ptr, in.k.stride_row, keys, in.head_size, head.visible,
-                    scratch.k_panels.data());
-    pack_transposed(head_of<T>(in.v, head.b, head.h), in.v.stride_row, keys, in.value_size,
-                    head.visible, scratch.v_panels.data());
-    k = as_float_rows(k_ptr, in.k.stride_row, keys, in.head_size, head.visible,
+  if (range.begin < range.end) {
+    const int64_t keys = range.end - origin;
+    const int64_t first = range.begin - origin;
+    const uint8_t* visible = head.visible ? head.visible + origin : nullptr;
+    const T* key_rows = keys_of<T>(in.k, head, origin);
+    if (!scratch.few) {
+      pack_transposed(key_rows, in.k.stride_row, first, keys, in.head_size, visible,
+                      scratch.k_panels.data());
+      pack_transposed(keys_of<T>(in.v, head, origin), in.v.stride_row, first, keys, in.value_size,
+                      visible, scratch.v_panels.data());
+    }
+    k = as_float_rows(key_rows, in.k.stride_row, keys, in.head_size, visible,
                       scratch.k_rows.data());
   }
-  for (int64_t t = task.row_begin; t < rows; t += kBlockQueries)
-    backward_block<T>(p, head, task.chunk, t, std::min<int64_t>(kBlockQueries, rows - t), k, dk, dv,
-                      scratch);
-  std::fill_n(static_cast<T*>(p.dq) + (index * in.queries + rows) * in.head_size,
-              (task.row_end - rows) * in.head_size, T{});
+  float* dk = sum_of(p.dk, task.sum_chunk, head.b, head.key_head, head.key_begin + origin);
+  float* dv = sum_of(p.dv, task.sum_chunk, head.b, head.key_head, head.key_begin + origin);
+  for (int64_t t = head.rows.begin; t < head.rows.end;) {
+    const int64_t rows = block_rows(head, t, kBlockQueries);
+    backward_block<T>(p, head, task.sum_chunk, t, rows, k, origin, dk, dv, scratch);
+    t += rows;
+  }
+  if (!in.is_packed && task.row_chunk == tasks.row_chunks - 1)
+    for (int64_t t = head.rows.end; t < in.queries; ++t)
+      std::fill_n(queries_of<T>(p.dq, head, t), in.head_size, T{});
 }
 
 template <typename T>
 static void backward_tasks(const AttentionBackward& p, AttentionTasks& tasks) {
   BackwardScratch scratch(p.in);
   while (const AttentionTask* task = tasks.take())
-    for (int64_t i = task->first_head; i < task->last_head; ++i)
-      backward_head<T>(p, tasks.heads[i], *task, scratch);
+    for (int64_t i = task->first_head; i < task->last_head; ++i) {
+      const int64_t index = tasks.heads ? tasks.heads[i] : i;
+      const bool is_first = i == task->first_head || index % p.in.heads_per_key_head == 0;
+      backward_head<T>(p, tasks, index, is_first, *task, scratch);
+    }
+}
+
+// One row of a gradient: the chunks that have a share, in their order.
+template <typename T>
+static inline void finish_row(const ChunkSums& sums, const OutputRows& out, int64_t b,
+                              int64_t key_head, int64_t row, int64_t width, const bool* share,
+                              int64_t chunks) {
+  T* to =
+      static_cast<T*>(out.data) + b * out.stride_b + key_head * out.stride_h + row * out.stride_row;
+  float total[kMaxHeadSize];
+  const int64_t padded = round_up(width, kVec);
+  std::fill_n(total, padded, 0.0f);
+  for (int64_t c = 0; c < chunks; ++c) {
+    if (!share[c]) continue;
+    const float* from = sum_of(sums, c, b, key_head, row);
+    for (int64_t i = 0; i < padded; i += kVec) store(total + i, load(total + i) + load(from + i));
+  }
+  store_row(to, total, width, 1.0f);
+}
+
+template <typename T>
+static void finish_heads(const AttentionBackward& p, const AttentionTasks& tasks,
+                         int64_t head_chunks, int64_t begin, int64_t end) {
+  const AttentionInputs& in = p.in;
+  const int64_t key_heads = in.heads / in.heads_per_key_head;
+  const int64_t chunks = head_chunks * tasks.row_chunks;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / key_heads;
+    const Sequence& sequence = in.sequences[b];
+    Span ranges[kMostChunks];
+    for (int64_t c = 0; c < chunks; ++c)
+      ranges[c] =
+          keys_of_rows(in, sequence, rows_of_chunk(in, tasks, sequence, c % tasks.row_chunks));
+    for (int64_t s = 0; s < (in.is_packed ? sequence.keys : in.keys); ++s) {
+      bool share[kMostChunks];
+      for (int64_t c = 0; c < chunks; ++c) share[c] = ranges[c].begin <= s && s < ranges[c].end;
+      const int64_t row = sequence.key_begin + s;
+      finish_row<T>(p.dk, p.dk_out, b, i % key_heads, row, in.head_size, share, chunks);
+      finish_row<T>(p.dv, p.dv_out, b, i % key_heads, row, in.value_size, share, chunks);
+    }
+  }
+}
+
+void attention_finish(const AttentionBackward& p, const AttentionTasks& tasks, int64_t head_chunks,
+                      int64_t begin, int64_t end) {
+  switch (p.in.dtype) {
+    case DType::kFloat32:
+      return finish_heads<float>(p, tasks, head_chunks, begin, end);
+    case DType::kFloat16:
+      return finish_heads<Half>(p, tasks, head_chunks, begin, end);
+    case DType::kBFloat16:
+      return finish_heads<BFloat16>(p, tasks, head_chunks, begin, end);
+  }
 }
 
 void attention_backward(const AttentionBackward& p, AttentionTasks& tasks) {

@@ -207,5 +207,23 @@ FUSED_ATTN_INLINE Vec exp(Vec x) {
   return select(x != x, x, result);
 }
 
+// To about 2 units in the last place; NaN for NaN.
+FUSED_ATTN_INLINE Vec tanh(Vec x) {
+  const Vec size = max(x, -x);
+  // An odd polynomial near 0, where the formula below would cancel (Cephes, tanhf).
+  const Vec z = x * x;
+  Vec p = broadcast(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const Vec near = p * z * x + x;
+  const Vec far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
+  return select(size < broadcast(0.625f), near, select(x < Vec{}, -far, far));
+}
+
+// 1 / (1 + e^-x); NaN for NaN.
+FUSED_ATTN_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+
 }  // namespace FUSED_ATTN_ISA
 }  // namespace fused_attn

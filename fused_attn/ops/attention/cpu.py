@@ -21,35 +21,12 @@ def unsupported_reasons(inputs: AttentionInputs) -> list[str]:
         reasons.append(f"head size {query.size(-1)} > {MAX_HEAD_SIZE}")
     if value.size(-1) > MAX_HEAD_SIZE:
         reasons.append(f"head size {value.size(-1)} of value > {MAX_HEAD_SIZE}")
-    for given, what in (
-        (inputs.dropout_p > 0.0, "dropout_p > 0"),
-        (inputs.alibi_slopes is not None, "alibi_slopes"),
-        (inputs.is_packed, "offsets"),
-        (len(inputs.block_mask) > 0, "block_mask"),
-        (inputs.left >= 0 or inputs.right > 0, "window"),
-        (inputs.align_lower_right, "align='lower_right'"),
-        (inputs.softcap > 0.0, "softcap"),
-        (inputs.activation != 0, "activation"),
-        (inputs.key.size(1) != query.size(1), "fewer heads of keys"),
-    ):
-        if given:
-            reasons.append(f"{what}: not built yet")
     return reasons
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Output and lse."""
-    return torch.ops.fused_attn_C.attention_forward(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.mask,
-        inputs.bias,
-        inputs.query_lengths,
-        inputs.key_lengths,
-        inputs.right == 0,
-        inputs.scale,
-    )
+    return torch.ops.fused_attn_C.attention_forward(*inputs)
 
 
 def backward(
@@ -62,17 +39,5 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias; the last is empty unless it is needed."""
     return torch.ops.fused_attn_C.attention_backward(
-        grad_output,
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.mask,
-        inputs.bias,
-        inputs.query_lengths,
-        inputs.key_lengths,
-        output,
-        lse,
-        inputs.right == 0,
-        inputs.scale,
-        need_grad_bias,
+        grad_output, grad_lse, *inputs, output, lse, need_grad_bias
     )
