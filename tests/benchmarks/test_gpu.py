@@ -112,7 +112,9 @@ def test_says_that_there_is_no_gpu(
 
 
 def test_plans_every_stage_for_the_gpu_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "benchmark_cases", lambda op, device: [Doubling(name="a", kind="benchmark")])
+    monkeypatch.setattr(
+        gpu, "benchmark_cases", lambda op, device: [Doubling(name="a", kind="benchmark")]
+    )
     backends = {"attention": ("triton", "reference"), "beam_search": ("cpu", "reference")}
     monkeypatch.setattr(gpu, "op_backends", lambda op: backends[op])
     stages = gpu.plan(gpu.STAGES, "cuda", ["attention", "beam_search"], ["eager"], 7)

@@ -54,6 +54,8 @@ class AttentionCase(Case):
     """The sequences, as long as the lengths say, lie one after the other."""
     sparse_tiles: tuple[int, ...] | None = None
     """Leading sizes of a block mask half of whose tiles are empty and some are full."""
+    visible_share: float = 1.0
+    """Of the pairs that lengths, causality and window leave, the share that a mask shows."""
     arrange: Callable[[Inputs], None] | None = None
     """Changes the inputs: strides, NaN out of sight, masks of a form."""
 
@@ -137,7 +139,7 @@ class AttentionCase(Case):
         return output, lse
 
     def pairs(self) -> int:
-        """Pairs of a query and a key that lengths, causality and window let take part."""
+        """Pairs of a query and a key that take part."""
         left, right = window_bounds(self.is_causal, self.window)
         total = 0
         for b in range(self.B):
@@ -147,7 +149,7 @@ class AttentionCase(Case):
             first = diagonal - left if left >= 0 else torch.zeros_like(diagonal)
             last = diagonal + right if right >= 0 else torch.full_like(diagonal, keys - 1)
             total += int((last.clamp(max=keys - 1) - first.clamp(min=0) + 1).clamp(min=0).sum())
-        return total * self.H
+        return round(total * self.H * self.visible_share)
 
     def flops(self, backward: bool = False) -> int:
         """Two products forward, five backward, of 2 operations a pair and column."""
@@ -157,6 +159,9 @@ class AttentionCase(Case):
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
         """Inputs and outputs once; backward also the output, the lse and four gradients."""
         queries, keys = self.B * self.H * self.T, self.B * self.H * self.S
+        if self.packed:
+            queries = self.H * sum(self.query_lengths or ())
+            keys = self.H * sum(self.key_lengths or ())
         mask = math.prod(self.mask_shape or (0,))
         bias = math.prod(self.bias_shape or (0,)) * (4 if self.bias_fp32 else itemsize)
         keys = keys // self.H * self.grouped_heads if self.H > 0 else 0
@@ -994,6 +999,7 @@ CASES: tuple[AttentionCase, ...] = (
         S=1024,
         D=64,
         mask_shape=(1024, 1024),
+        visible_share=0.5,
         arrange=_half_of_the_blocks,
     ),
     AttentionCase(
@@ -1006,6 +1012,7 @@ CASES: tuple[AttentionCase, ...] = (
         S=1024,
         D=64,
         mask_shape=(1024, 1024),
+        visible_share=0.5,
         arrange=_half_of_the_tiles,
     ),
     AttentionCase(
@@ -1083,6 +1090,7 @@ CASES: tuple[AttentionCase, ...] = (
             key_lengths=(length // 2,) * max(1, 16384 // length) if form == "padded" else None,
             bias_shape=(2048 // D, length, length) if form == "bias" else None,
             mask_shape=(length, length) if form == "blocks" else None,
+            visible_share=0.5 if form == "blocks" else 1.0,
             arrange=_half_of_the_tiles if form == "blocks" else None,
         )
         for D in (64, 128)
