@@ -1,8 +1,8 @@
 """``python -m benchmarks.floors``: the least time that each benchmark case can take.
 
-A case must do its operations and move its bytes (`Case.flops`, `Case.bytes_moved`): its floor is the
-longer of the two at the machine's rates. These are given, or measured on the CPU: an fp32 matrix
-product and a copy.
+A case must do its operations and move its bytes (`Case.flops`, `Case.bytes_moved`): the floor is
+the longer of the two at the machine's rates. These are given, or measured on the CPU: an fp32
+matrix product and a copy.
 """
 
 from __future__ import annotations
