@@ -45,6 +45,11 @@ def random_cases(draw: Any) -> tuple[AttentionCase, torch.dtype]:
         return tuple(draw(st.lists(st.integers(0, most), min_size=B, max_size=B)))
 
     pairs = ((T, S), (B, 1, T, S), (H, 1, S), (B, 1, 1, S), (1, H, T, 1), (1,))
+    activation = draw(st.sampled_from(["softmax", "softmax", "sigmoid", "relu"]))
+    # A bias that is the same for all keys changes no softmax: its gradient is rounding errors.
+    # One number for everything is a sum of so many terms that the order of summation decides on
+    # its last bits; named cases have it.
+    biases = [p for p in pairs[:-1] if activation != "softmax" or p[-1] > 1]
     side = st.none() | st.integers(0, 150)
     arrangements = [None, None]
     if not packed:
@@ -60,14 +65,14 @@ def random_cases(draw: Any) -> tuple[AttentionCase, torch.dtype]:
         "key_lengths": of_batch(S) if lengths else None,
         "packed": packed,
         "mask_shape": shape(*pairs),
-        "bias_shape": shape(*pairs),
+        "bias_shape": shape(*biases),
         "sparse_tiles": shape((), (B, 1), (1, H)),
         "is_causal": draw(st.booleans()),
         "window": draw(st.none() | st.tuples(side, side)),
         "align": draw(st.sampled_from(["upper_left", "lower_right"])),
         "softcap": draw(st.sampled_from([None, None, 0.7, 20.0])),
         "alibi": draw(st.booleans()),
-        "activation": draw(st.sampled_from(["softmax", "softmax", "sigmoid", "relu"])),
+        "activation": activation,
         "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.1, 0.9])),
         "scale": draw(st.sampled_from([None, None, 0.3, -0.1])),
         "arrange": draw(st.sampled_from(arrangements)),
