@@ -117,9 +117,9 @@ struct AttentionForward {
   float* lse;
 };
 
-// One fp32 sum a chunk of rows, [chunks, B, Hk, S, width rounded up to a vector].
+// One fp32 sum a chunk, [chunks, B, Hk, S, width rounded up to a vector].
 struct ChunkSums {
-  float* data;
+  float* data;  // where the first chunk adds up in the result, of the second chunk
   int64_t stride_chunk;
   int64_t stride_b;
   int64_t stride_h;
@@ -133,13 +133,12 @@ struct AttentionBackward {
   const float* lse;       // as in.lse_stride_* say
   const float* grad_lse;  // the same, or null
   OutputRows dq;          // T [B, H, T, D]
-  // Where `sums_are_results`, these are the gradients themselves.
   ChunkSums dk;
   ChunkSums dv;
-  bool sums_are_results;
-  OutputRows dk_out;  // T [B, Hk, S, D]
-  OutputRows dv_out;  // T [B, Hk, S, Dv]
-  float* dbias;       // [chunks, its own shape], zeroed, or null
+  bool first_in_result;  // the first chunk adds up in dk_out and dv_out, which are fp32
+  OutputRows dk_out;     // T [B, Hk, S, D]
+  OutputRows dv_out;     // T [B, Hk, S, Dv]
+  float* dbias;          // [chunks, its own shape], zeroed, or null
   PairTensor dbias_strides;
   int64_t dbias_chunk_stride;  // 0 where chunks own different rows
 };

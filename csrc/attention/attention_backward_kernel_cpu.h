@@ -148,11 +148,35 @@ static inline void add_to_bias(const AttentionBackward& p, const Head& head, int
   for (; s < count; ++s) out[s] += dscores[s];
 }
 
-// Queries [begin, begin + rows) of a head. `k`, the panels, dk and dv begin at the key `origin`.
+// Where rows of one chunk and key head are added up.
+struct SumRows {
+  float* data;
+  int64_t stride;
+
+  float* row(int64_t s) const { return data + s * stride; }
+};
+
+static inline SumRows sums_of(const AttentionBackward& p, const ChunkSums& sums,
+                              const OutputRows& result, int64_t chunk, int64_t b, int64_t key_head,
+                              int64_t first) {
+  if (p.first_in_result && chunk == 0)
+    return {static_cast<float*>(result.data) + b * result.stride_b + key_head * result.stride_h +
+                first * result.stride_row,
+            result.stride_row};
+  return {sums.data + (chunk - p.first_in_result) * sums.stride_chunk + b * sums.stride_b +
+              key_head * sums.stride_h + first * sums.stride_row,
+          sums.stride_row};
+}
+
+static inline void clear_rows(const SumRows& sums, Span rows, int64_t width) {
+  for (int64_t s = rows.begin; s < rows.end; ++s) std::fill_n(sums.row(s), width, 0.0f);
+}
+
+// Queries [begin, begin + rows) of a head. `k` and the panels begin at the key `origin`.
 template <typename T>
 static void backward_block(const AttentionBackward& p, const Head& head, int64_t chunk,
-                           int64_t begin, int64_t rows, FloatRows k, int64_t origin, float* dk,
-                           float* dv, BackwardScratch& scratch) {
+                           int64_t begin, int64_t rows, FloatRows k, int64_t origin,
+                           const SumRows& dk, const SumRows& dv, BackwardScratch& scratch) {
   const AttentionInputs& in = p.in;
   const int64_t D = in.head_size;
   const int64_t Dv = in.value_size;
@@ -207,8 +231,9 @@ static void backward_block(const AttentionBackward& p, const Head& head, int64_t
       const Span span = spans[r];
       float* derivative =
           in.softcap > 0.0f ? scratch.derivative.data() + r * kScoreStride : nullptr;
+      if (span.begin == span.end) continue;
       finish_logits(in, head, tile, begin + r, span, weights + r * kScoreStride, derivative);
-      if (in.keep_threshold && span.begin < span.end) {
+      if (in.keep_threshold) {
         const int64_t first = round_down(span.begin, kVec);
         kept_weights(in, scratch.philox, head, tile, begin + r, first, round_up(span.end, kVec),
                      kept_of(r) + first);
@@ -273,11 +298,9 @@ static void backward_block(const AttentionBackward& p, const Head& head, int64_t
       return Span{from, std::clamp<int64_t>(t + last + in.left, from, rows)};
     };
     product<kScoreStride, true>(width, round_up(Dv, kVec), weights, grad_output, kRowStride,
-                                dv + (s - origin) * p.dv.stride_row, p.dv.stride_row, true,
-                                rows_of_keys);
-    product<kScoreStride, true>(width, round_up(D, kVec), dscores, q, kRowStride,
-                                dk + (s - origin) * p.dk.stride_row, p.dk.stride_row, true,
-                                rows_of_keys);
+                                dv.row(s), dv.stride, true, rows_of_keys);
+    product<kScoreStride, true>(width, round_up(D, kVec), dscores, q, kRowStride, dk.row(s),
+                                dk.stride, true, rows_of_keys);
     product<kScoreStride, false>(rows, round_up(D, kVec), dscores, k.data + (s - origin) * k.stride,
                                  k.stride, dq, kRowStride, i > 0,
                                  [&](int64_t r, int64_t) { return strips[r / kStrip]; });
@@ -286,30 +309,23 @@ static void backward_block(const AttentionBackward& p, const Head& head, int64_t
     store_row(queries_of<T>(p.dq, head, begin + r), dq + r * kRowStride, D, in.scale);
 }
 
-FUSED_ATTN_INLINE float* sum_of(const ChunkSums& sums, int64_t chunk, int64_t b, int64_t key_head,
-                                int64_t row) {
-  return sums.data + chunk * sums.stride_chunk + b * sums.stride_b + key_head * sums.stride_h +
-         row * sums.stride_row;
-}
-
-static inline void clear_sums(const ChunkSums& sums, int64_t chunk, const Head& head, Span rows,
-                              int64_t width) {
-  for (int64_t s = rows.begin; s < rows.end; ++s)
-    std::fill_n(sum_of(sums, chunk, head.b, head.key_head, head.key_begin + s), width, 0.0f);
-}
-
 template <typename T>
 static void backward_head(const AttentionBackward& p, const AttentionTasks& tasks, int64_t index,
                           bool is_first, const AttentionTask& task, BackwardScratch& scratch) {
   const AttentionInputs& in = p.in;
   const Head head = head_bounds(in, tasks, index, task.row_chunk, scratch.visible.data());
   const Sequence& sequence = in.sequences[head.b];
+  const SumRows dk =
+      sums_of(p, p.dk, p.dk_out, task.sum_chunk, head.b, head.key_head, head.key_begin);
+  const SumRows dv =
+      sums_of(p, p.dv, p.dv_out, task.sum_chunk, head.b, head.key_head, head.key_begin);
   if (is_first) {
     // `attention_finish` reads what a chunk's rows may look at as far as the window says.
     Span rows = keys_of_rows(in, sequence, head.rows);
-    if (p.sums_are_results) rows = {0, in.is_packed ? sequence.keys : in.keys};
-    clear_sums(p.dk, task.sum_chunk, head, rows, round_up(in.head_size, kVec));
-    clear_sums(p.dv, task.sum_chunk, head, rows, round_up(in.value_size, kVec));
+    if (p.first_in_result && task.sum_chunk == 0)
+      rows = {0, in.is_packed ? sequence.keys : in.keys};
+    clear_rows(dk, rows, round_up(in.head_size, kVec));
+    clear_rows(dv, rows, round_up(in.value_size, kVec));
   }
   const Span range = head.range;
   const int64_t origin = round_down(range.begin, kPanel);
@@ -328,8 +344,6 @@ static void backward_head(const AttentionBackward& p, const AttentionTasks& task
     k = as_float_rows(key_rows, in.k.stride_row, keys, in.head_size, visible,
                       scratch.k_rows.data());
   }
-  float* dk = sum_of(p.dk, task.sum_chunk, head.b, head.key_head, head.key_begin + origin);
-  float* dv = sum_of(p.dv, task.sum_chunk, head.b, head.key_head, head.key_begin + origin);
   for (int64_t t = head.rows.begin; t < head.rows.end;) {
     const int64_t rows = block_rows(head, t, kBlockQueries);
     backward_block<T>(p, head, task.sum_chunk, t, rows, k, origin, dk, dv, scratch);
@@ -351,22 +365,29 @@ static void backward_tasks(const AttentionBackward& p, AttentionTasks& tasks) {
     }
 }
 
-// One row of a gradient: the chunks that have a share, in their order.
+// Rows [0, rows) of one gradient and key head: the chunks that have a share, in their order.
 template <typename T>
-static inline void finish_row(const ChunkSums& sums, const OutputRows& out, int64_t b,
-                              int64_t key_head, int64_t row, int64_t width, const bool* share,
-                              int64_t chunks) {
-  T* to =
-      static_cast<T*>(out.data) + b * out.stride_b + key_head * out.stride_h + row * out.stride_row;
-  float total[kMaxHeadSize];
+static void finish_rows(const AttentionBackward& p, const ChunkSums& sums, const OutputRows& result,
+                        int64_t b, int64_t key_head, int64_t first, int64_t rows, int64_t width,
+                        const Span* ranges, int64_t chunks) {
+  T* out = static_cast<T*>(result.data) + b * result.stride_b + key_head * result.stride_h +
+           first * result.stride_row;
+  SumRows chunk_rows[kMostChunks];
+  for (int64_t c = 0; c < chunks; ++c)
+    chunk_rows[c] = sums_of(p, sums, result, c, b, key_head, first);
   const int64_t padded = round_up(width, kVec);
-  std::fill_n(total, padded, 0.0f);
-  for (int64_t c = 0; c < chunks; ++c) {
-    if (!share[c]) continue;
-    const float* from = sum_of(sums, c, b, key_head, row);
-    for (int64_t i = 0; i < padded; i += kVec) store(total + i, load(total + i) + load(from + i));
+  float buffer[kMaxHeadSize];
+  for (int64_t s = 0; s < rows; ++s) {
+    float* total = p.first_in_result ? chunk_rows[0].row(s) : buffer;
+    if (!p.first_in_result) std::fill_n(total, padded, 0.0f);
+    for (int64_t c = p.first_in_result; c < chunks; ++c) {
+      if (s < ranges[c].begin || s >= ranges[c].end) continue;
+      const float* share = chunk_rows[c].row(s);
+      for (int64_t i = 0; i < padded; i += kVec)
+        store(total + i, load(total + i) + load(share + i));
+    }
+    if (!p.first_in_result) store_row(out + s * result.stride_row, total, width, 1.0f);
   }
-  store_row(to, total, width, 1.0f);
 }
 
 template <typename T>
@@ -382,13 +403,11 @@ static void finish_heads(const AttentionBackward& p, const AttentionTasks& tasks
     for (int64_t c = 0; c < chunks; ++c)
       ranges[c] =
           keys_of_rows(in, sequence, rows_of_chunk(in, tasks, sequence, c % tasks.row_chunks));
-    for (int64_t s = 0; s < (in.is_packed ? sequence.keys : in.keys); ++s) {
-      bool share[kMostChunks];
-      for (int64_t c = 0; c < chunks; ++c) share[c] = ranges[c].begin <= s && s < ranges[c].end;
-      const int64_t row = sequence.key_begin + s;
-      finish_row<T>(p.dk, p.dk_out, b, i % key_heads, row, in.head_size, share, chunks);
-      finish_row<T>(p.dv, p.dv_out, b, i % key_heads, row, in.value_size, share, chunks);
-    }
+    const int64_t rows = in.is_packed ? sequence.keys : in.keys;
+    finish_rows<T>(p, p.dk, p.dk_out, b, i % key_heads, sequence.key_begin, rows, in.head_size,
+                   ranges, chunks);
+    finish_rows<T>(p, p.dv, p.dv_out, b, i % key_heads, sequence.key_begin, rows, in.value_size,
+                   ranges, chunks);
   }
 }
 

@@ -361,20 +361,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output,
   const int64_t chunks = plan.row_chunks * plan.head_chunks;
   add_tasks(p.in, groups, groups == 0 ? 0 : B * H / groups, plan);
 
-  p.sums_are_results = chunks == 1 && a.query.scalar_type() == at::kFloat && D % kMaxLanes == 0 &&
-                       Dv % kMaxLanes == 0;
+  p.first_in_result =
+      a.query.scalar_type() == at::kFloat && D % kMaxLanes == 0 && Dv % kMaxLanes == 0;
+  const int64_t buffers = chunks - (p.first_in_result ? 1 : 0);
   Tensor sums_of_k, sums_of_v;
-  const auto chunk_sums = [&](const Tensor& result, const OutputRows& out, int64_t width,
-                              Tensor& owner) -> ChunkSums {
-    if (p.sums_are_results)
-      return {static_cast<float*>(out.data), 0, out.stride_b, out.stride_h, out.stride_row};
+  const auto chunk_sums = [&](const Tensor& result, int64_t width, Tensor& owner) -> ChunkSums {
+    if (buffers == 0) return {};
     const int64_t padded = (width + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
-    owner = at::empty({chunks, result.size(0), Hk, result.size(2), padded}, fp32);
+    owner = at::empty({buffers, result.size(0), Hk, result.size(2), padded}, fp32);
     return {owner.mutable_data_ptr<float>(), owner.stride(0), call.is_packed ? 0 : owner.stride(1),
             owner.stride(2), owner.stride(3)};
   };
-  p.dk = chunk_sums(dk, p.dk_out, D, sums_of_k);
-  p.dv = chunk_sums(dv, p.dv_out, Dv, sums_of_v);
+  p.dk = chunk_sums(dk, D, sums_of_k);
+  p.dv = chunk_sums(dv, Dv, sums_of_v);
 
   Tensor dbias = at::empty({0}, fp32);
   if (need_grad_bias) {
@@ -390,7 +389,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output,
   AttentionTasks tasks = plan.view();
   run_tasks(plan, p.in, tasks,
             [&](AttentionTasks& t) { FUSED_ATTN_CALL_KERNEL(attention_backward, p, t); });
-  if (!p.sums_are_results)
+  if (buffers > 0)
     at::parallel_for(0, B * Hk, 1, [&](int64_t begin, int64_t end) {
       FUSED_ATTN_CALL_KERNEL(attention_finish, p, tasks, plan.head_chunks, begin, end);
     });

@@ -168,19 +168,25 @@ static void forward_block(const AttentionForward& p, const Head& first_head, con
                                block.begin + std::min<int64_t>(r + kStrip, rows))
                      : span_of(in, first_head, block.begin, block.begin + block.queries),
                    s, tile_keys);
+    // Whether every query may look at every key, as far as lengths and the window say.
+    const bool whole = span_of(in, first_head, block.begin).end >= tile.end &&
+                       span_of(in, first_head, block.begin + block.queries - 1).begin <= s;
     FloatRows values{v.data + (s - origin) * v.stride, v.stride};
+    // A row or two take the values as they are.
+    const bool weigh = !k && rows <= 2 && !first_head.visible && width == in.value_size;
     if (k) {
       panel_product(rows, tile_keys, D, q, k + (s - origin) * D, strips, scores);
     } else {
       const uint8_t* visible = first_head.visible ? first_head.visible + s : nullptr;
       dot_product(rows, q, keys_of<T>(in.k, first_head, s), in.k.stride_row, D, strips[0], visible,
                   scores);
-      values = as_float_rows(keys_of<T>(in.v, first_head, s), in.v.stride_row, tile_keys,
-                             in.value_size, visible, scratch.v.data());
+      if (!weigh)
+        values = as_float_rows(keys_of<T>(in.v, first_head, s), in.v.stride_row, tile_keys,
+                               in.value_size, visible, scratch.v.data());
     }
     for_rows([&](const Head& head, int64_t t, int64_t r) {
       const Span strip = strips[r / kStrip];
-      const Span span = relative(span_of(in, head, t), s, tile_keys);
+      const Span span = whole ? Span{0, tile_keys} : relative(span_of(in, head, t), s, tile_keys);
       float* row = scores + r * kScoreStride;
       if (span.begin == span.end) {
         zero(row, round_down(strip.begin, kVec), strip.end);
@@ -202,12 +208,22 @@ static void forward_block(const AttentionForward& p, const Head& first_head, con
         for (int64_t j = begin; j < end; j += kVec)
           store(row + j, keep_or_zero(load(row + j), kept + j - begin));
       }
-      zero(row, round_down(strip.begin, kVec), begin);
-      zero(row, end, strip.end);
+      if (!whole) {
+        zero(row, round_down(strip.begin, kVec), begin);
+        zero(row, end, strip.end);
+      }
       if (i > 0 && factor != 1.0f)
         for (int64_t j = 0; j < width; j += kVec)
           store(output + r * kRowStride + j, load(output + r * kRowStride + j) * factor);
     });
+    if (weigh) {
+      const T* rows_of_v = keys_of<T>(in.v, first_head, s + strips[0].begin);
+      for (int64_t r = 0; r < rows; ++r)
+        weigh_rows(strips[0].end - strips[0].begin, width,
+                   scores + r * kScoreStride + strips[0].begin, rows_of_v, in.v.stride_row,
+                   output + r * kRowStride, i > 0);
+      continue;
+    }
     product<kScoreStride, false>(rows, width, scores, values.data, values.stride, output,
                                  kRowStride, i > 0,
                                  [&](int64_t r, int64_t) { return strips[r / kStrip]; });

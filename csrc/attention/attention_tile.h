@@ -75,10 +75,12 @@ FUSED_ATTN_INLINE void microkernel(int64_t depth, const float* a, const float* b
     for (int j = 0; j < kColumns; ++j) store(c + r * ldc + j * kVec, sums[r][j]);
 }
 
-// One strip of at most kStrip rows; the arguments are those of `microkernel`.
+// One strip of at most kStrip rows; the arguments are those of `microkernel`. A function of its
+// own: inlined among other variables, the sums would not all stay in registers.
 template <int kColumns, int kStrideA, bool kTransposed, int kRows = kStrip>
-static inline void strip_product(int64_t rows, int64_t depth, const float* a, const float* b,
-                                 int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+__attribute__((noinline)) static void strip_product(int64_t rows, int64_t depth, const float* a,
+                                                    const float* b, int64_t ldb, float* c,
+                                                    int64_t ldc, bool accumulate) {
   if constexpr (kRows > 1) {
     if (rows < kRows)
       return strip_product<kColumns, kStrideA, kTransposed, kRows - 1>(rows, depth, a, b, ldb, c,
@@ -162,42 +164,92 @@ FUSED_ATTN_INLINE Vec reduce_add_each(Vec (&r)[kVec]) {
     return r[0];
 }
 
+// out[r * kScoreStride] and what follows = a[r] . the kVec rows that `row_of` gives.
+template <typename RowOf>
+FUSED_ATTN_INLINE void dot_group(int64_t rows, const float* a, int64_t width, RowOf&& row_of,
+                                 float* out) {
+  const int64_t full = width / kVec * kVec;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* factor = a + r * kRowStride;
+    Vec sums[kVec];
+#pragma GCC unroll 4
+    for (int k = 0; k < kVec; k += 4) {
+      Vec part[4] = {};
+      for (int64_t i = 0; i < full; i += kVec) {
+        const Vec f = load(factor + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) part[j] += f * load(row_of(k + j) + i);
+      }
+      if (full < width) {
+        const Vec f = load(factor + full);
+        for (int j = 0; j < 4; ++j) part[j] += f * load_partial(row_of(k + j) + full, width - full);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sums[k + j] = part[j];
+    }
+    store(out + r * kScoreStride, reduce_add_each(sums));
+  }
+}
+
 // c[r, s] = a[r] . b[s] for few rows of `a` and the keys in `span`, which `visible` may zero.
 template <typename T>
 static void dot_product(int64_t rows, const float* a, const T* b, int64_t ldb, int64_t width,
                         Span span, const uint8_t* visible, float* c) {
-  const int64_t full = width / kVec * kVec;
   for (int64_t s = round_down(span.begin, kVec); s < span.end; s += kVec) {
-    // Lanes that are no key's repeat one.
-    const T* row[kVec];
-#pragma GCC unroll 16
-    for (int k = 0; k < kVec; ++k) row[k] = b + std::clamp(s + k, span.begin, span.end - 1) * ldb;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* factor = a + r * kRowStride;
-      Vec sums[kVec];
-#pragma GCC unroll 16
-      for (int k = 0; k < kVec; k += 4) {
-        Vec part[4] = {};
-        for (int64_t i = 0; i < full; i += kVec) {
-          const Vec f = load(factor + i);
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) part[j] += f * load(row[k + j] + i);
-        }
-        if (full < width) {
-          const Vec f = load(factor + full);
-          for (int j = 0; j < 4; ++j) part[j] += f * load_partial(row[k + j] + full, width - full);
-        }
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) sums[k + j] = part[j];
-      }
-      float* out = c + r * kScoreStride + s;
-      store(out, reduce_add_each(sums));
-      if (visible || s < span.begin || s + kVec > span.end)
-        for (int64_t k = 0; k < kVec; ++k)
-          if (s + k < span.begin || s + k >= span.end || (visible && !visible[s + k]))
-            out[k] = 0.0f;
+    float* out = c + s;
+    if (s >= span.begin && s + kVec <= span.end) {
+      dot_group(rows, a, width, [&](int64_t k) { return b + (s + k) * ldb; }, out);
+      if (!visible) continue;
+    } else {
+      // Lanes that are no key's repeat one.
+      dot_group(
+          rows, a, width,
+          [&](int64_t k) { return b + std::clamp(s + k, span.begin, span.end - 1) * ldb; }, out);
     }
+    for (int64_t k = 0; k < kVec; ++k)
+      if (s + k < span.begin || s + k >= span.end || (visible && !visible[s + k]))
+        for (int64_t r = 0; r < rows; ++r) out[r * kScoreStride + k] = 0.0f;
   }
+}
+
+// c[columns] (+)= the sum of weights[i] times row i of `b`. Several sums a column, since each
+// addition waits for the one before it.
+template <int kColumns, typename T>
+FUSED_ATTN_INLINE void weigh_columns(int64_t depth, const float* weights, const T* b, int64_t ldb,
+                                     float* c, bool accumulate) {
+  constexpr int kSums = 8 / kColumns;
+  Vec sums[kSums][kColumns] = {};
+  int64_t i = 0;
+  for (; i + kSums <= depth; i += kSums)
+#pragma GCC unroll 8
+    for (int k = 0; k < kSums; ++k)
+#pragma GCC unroll 8
+      for (int j = 0; j < kColumns; ++j)
+        sums[k][j] += weights[i + k] * load(b + (i + k) * ldb + j * kVec);
+  for (; i < depth; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) sums[0][j] += weights[i] * load(b + i * ldb + j * kVec);
+#pragma GCC unroll 8
+  for (int j = 0; j < kColumns; ++j) {
+    Vec total = sums[0][j];
+#pragma GCC unroll 8
+    for (int k = 1; k < kSums; ++k) total += sums[k][j];
+    if (accumulate) total += load(c + j * kVec);
+    store(c + j * kVec, total);
+  }
+}
+
+// c[width] (+)= weights[depth] @ b, width a multiple of kVec: a product for a single row.
+template <typename T>
+__attribute__((noinline)) static void weigh_rows(int64_t depth, int64_t width, const float* weights,
+                                                 const T* b, int64_t ldb, float* c,
+                                                 bool accumulate) {
+  int64_t j = 0;
+  for (; j + 8 * kVec <= width; j += 8 * kVec)
+    weigh_columns<8>(depth, weights, b + j, ldb, c + j, accumulate);
+  for (; j + 4 * kVec <= width; j += 4 * kVec)
+    weigh_columns<4>(depth, weights, b + j, ldb, c + j, accumulate);
+  for (; j < width; j += kVec) weigh_columns<1>(depth, weights, b + j, ldb, c + j, accumulate);
 }
 
 // Rows [0, count) of a matrix [count, width] as panels of kPanel columns of its transpose: element
@@ -614,10 +666,9 @@ FUSED_ATTN_INLINE void add_bias(const AttentionInputs& in, const Head& head, int
 }
 
 // From scaled products to logits, for the keys `span` of a tile that query t may look at. Other
-// lanes of their vectors become -inf. `derivative` is that of the soft-cap.
+// lanes of their vectors become -inf. `span` is not empty. `derivative` is that of the soft-cap.
 static void finish_logits(const AttentionInputs& in, const Head& head, const KeyTile& tile,
                           int64_t t, Span span, float* row, float* derivative) {
-  if (span.begin == span.end) return;
   const int64_t begin = round_down(span.begin, kVec);
   const int64_t end = round_up(span.end, kVec);
   const int64_t first = tile.begin + span.begin;
