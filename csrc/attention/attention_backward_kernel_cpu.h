@@ -290,20 +290,21 @@ static void backward_block(const AttentionBackward& p, const Head& head, int64_t
           store(drow + j, load(drow + j) * load(derivative + j));
       }
     }
-    // Queries that may look at the keys [first, last) of the tile: t + diagonal is between
-    // key - right and key + left.
-    const auto rows_of_keys = [&](int64_t first, int64_t last) {
+    // Queries that may look at the keys of each strip of keys: t + diagonal is between key - right
+    // and key + left.
+    Span columns[(kTileKeys + kStrip - 1) / kStrip];
+    for (int64_t first = 0; first < width; first += kStrip) {
+      const int64_t last = std::min<int64_t>(first + kStrip, width);
       const int64_t t = s - head.diagonal - begin;
       const int64_t from = std::clamp<int64_t>(t + first - in.right, 0, rows);
-      return Span{from, std::clamp<int64_t>(t + last + in.left, from, rows)};
-    };
+      columns[first / kStrip] = {from, std::clamp<int64_t>(t + last + in.left, from, rows)};
+    }
     product<kScoreStride, true>(width, round_up(Dv, kVec), weights, grad_output, kRowStride,
-                                dv.row(s), dv.stride, true, rows_of_keys);
+                                dv.row(s), dv.stride, true, columns);
     product<kScoreStride, true>(width, round_up(D, kVec), dscores, q, kRowStride, dk.row(s),
-                                dk.stride, true, rows_of_keys);
+                                dk.stride, true, columns);
     product<kScoreStride, false>(rows, round_up(D, kVec), dscores, k.data + (s - origin) * k.stride,
-                                 k.stride, dq, kRowStride, i > 0,
-                                 [&](int64_t r, int64_t) { return strips[r / kStrip]; });
+                                 k.stride, dq, kRowStride, i > 0, strips);
   }
   for (int64_t r = 0; r < rows; ++r)
     store_row(queries_of<T>(p.dq, head, begin + r), dq + r * kRowStride, D, in.scale);

@@ -225,8 +225,7 @@ static void forward_block(const AttentionForward& p, const Head& first_head, con
       continue;
     }
     product<kScoreStride, false>(rows, width, scores, values.data, values.stride, output,
-                                 kRowStride, i > 0,
-                                 [&](int64_t r, int64_t) { return strips[r / kStrip]; });
+                                 kRowStride, i > 0, strips);
   }
 
   for_rows([&](const Head& head, int64_t t, int64_t r) {

@@ -75,12 +75,10 @@ FUSED_ATTN_INLINE void microkernel(int64_t depth, const float* a, const float* b
     for (int j = 0; j < kColumns; ++j) store(c + r * ldc + j * kVec, sums[r][j]);
 }
 
-// One strip of at most kStrip rows; the arguments are those of `microkernel`. A function of its
-// own: inlined among other variables, the sums would not all stay in registers.
+// One strip of at most kStrip rows; the arguments are those of `microkernel`.
 template <int kColumns, int kStrideA, bool kTransposed, int kRows = kStrip>
-__attribute__((noinline)) static void strip_product(int64_t rows, int64_t depth, const float* a,
-                                                    const float* b, int64_t ldb, float* c,
-                                                    int64_t ldc, bool accumulate) {
+static inline void strip_product(int64_t rows, int64_t depth, const float* a, const float* b,
+                                 int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   if constexpr (kRows > 1) {
     if (rows < kRows)
       return strip_product<kColumns, kStrideA, kTransposed, kRows - 1>(rows, depth, a, b, ldb, c,
@@ -89,29 +87,40 @@ __attribute__((noinline)) static void strip_product(int64_t rows, int64_t depth,
   microkernel<kRows, kColumns, kStrideA, kTransposed>(depth, a, b, ldb, c, ldc, accumulate);
 }
 
-// c[rows, width] of a tile (+)= a @ b, width a multiple of kVec. Strip `row` of the result sums
-// over i in range(row, last row + 1), which returns a pair [begin, end).
-template <int kStrideA, bool kTransposed, typename Range>
-FUSED_ATTN_INLINE void product(int64_t rows, int64_t width, const float* a, const float* b,
-                               int64_t ldb, float* c, int64_t ldc, bool accumulate, Range&& range) {
+// The loops over strips are functions of their own: inlined among other variables, a strip's sums
+// would not all stay in registers.
+
+// All strips of some columns; strip i sums over spans[i].
+template <int kColumns, int kStrideA, bool kTransposed>
+__attribute__((noinline)) static void column_product(int64_t rows, const float* a, const float* b,
+                                                     int64_t ldb, float* c, int64_t ldc,
+                                                     bool accumulate, const Span* spans) {
+  for (int64_t r = 0; r < rows; r += kStrip, ++spans) {
+    const auto [begin, end] = *spans;
+    strip_product<kColumns, kStrideA, kTransposed>(
+        std::min<int64_t>(kStrip, rows - r), end - begin,
+        a + (kTransposed ? r + begin * kStrideA : r * kStrideA + begin), b + begin * ldb, ldb,
+        c + r * ldc, ldc, accumulate);
+  }
+}
+
+// c[rows, width] of a tile (+)= a @ b, width a multiple of kVec. Strip i of the result sums over
+// spans[i].
+template <int kStrideA, bool kTransposed>
+static inline void product(int64_t rows, int64_t width, const float* a, const float* b, int64_t ldb,
+                           float* c, int64_t ldc, bool accumulate, const Span* spans) {
   int64_t j = 0;
-  const auto columns = [&](auto count) {
-    for (int64_t r = 0; r < rows; r += kStrip) {
-      const int64_t strip = std::min<int64_t>(kStrip, rows - r);
-      const auto [begin, end] = range(r, r + strip);
-      strip_product<decltype(count)::value, kStrideA, kTransposed>(
-          strip, end - begin, a + (kTransposed ? r + begin * kStrideA : r * kStrideA + begin),
-          b + begin * ldb + j, ldb, c + r * ldc + j, ldc, accumulate);
-    }
-  };
-  for (; j + kPanel <= width; j += kPanel) columns(std::integral_constant<int, 2>{});
-  if (j < width) columns(std::integral_constant<int, 1>{});
+  for (; j + kPanel <= width; j += kPanel)
+    column_product<2, kStrideA, kTransposed>(rows, a, b + j, ldb, c + j, ldc, accumulate, spans);
+  if (j < width)
+    column_product<1, kStrideA, kTransposed>(rows, a, b + j, ldb, c + j, ldc, accumulate, spans);
 }
 
 // c[rows, width] of a tile = a @ panels, for the columns that each strip of rows needs.
-static inline void panel_product(int64_t rows, int64_t width, int64_t depth, const float* a,
-                                 const float* panels, const Span* strips, float* c) {
-  for (int64_t j = 0; j < width; j += kPanel) {
+__attribute__((noinline)) static void panel_product(int64_t rows, int64_t width, int64_t depth,
+                                                    const float* a, const float* panels,
+                                                    const Span* strips, float* c) {
+  for (int64_t j = 0; j < width; j += kPanel)
     for (int64_t r = 0; r < rows; r += kStrip) {
       const Span& span = strips[r / kStrip];
       if (span.end <= j || span.begin >= j + kPanel) continue;
@@ -119,7 +128,6 @@ static inline void panel_product(int64_t rows, int64_t width, int64_t depth, con
                                           a + r * kRowStride, panels + j * depth, kPanel,
                                           c + r * kScoreStride + j, kScoreStride, false);
     }
-  }
 }
 
 // --- packing ------------------------------------------------------------------------------------
