@@ -243,12 +243,14 @@ static void backward_block(const AttentionBackward& p, const Head& head, int64_t
 
   // The output times its gradient is the sum over keys of weight times gradient. An output that
   // was rounded to 16 bits would give that sum an error far above the gradients' own where they
-  // nearly cancel, so there the sum itself is taken.
+  // nearly cancel, so there the sum itself is taken; also of a single tile with dropout, whose
+  // scale multiplies what does not cancel, since it costs no product there.
   constexpr bool kRounded = !std::is_same_v<T, float>;
   const bool divided = in.activation == Activation::kSoftmax;
+  const bool is_summed = divided && (kRounded || (in.keep_threshold && count == 1));
   float delta[kBlockQueries] = {};
   if (divided) {
-    if constexpr (kRounded) {
+    if (is_summed) {
       for (int64_t i = 0; i < count; ++i) {
         fill_tile(tiles[i]);
         for (int64_t r = 0; r < rows; ++r)
@@ -271,8 +273,8 @@ static void backward_block(const AttentionBackward& p, const Head& head, int64_t
     const KeyTile& tile = tiles[i];
     const int64_t s = tile.begin;
     const int64_t width = tile.end - s;
-    // A single tile of 16-bit inputs is still there.
-    if (!(kRounded && divided && count == 1)) fill_tile(tile);
+    // A single tile that was summed is still there.
+    if (!is_summed || count > 1) fill_tile(tile);
     for (int64_t r = 0; r < rows; ++r) {
       const Span span = spans[r];
       float* row = weights + r * kScoreStride;
