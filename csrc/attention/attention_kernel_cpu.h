@@ -171,6 +171,9 @@ static void forward_block(const AttentionForward& p, const Head& first_head, con
     // Whether every query may look at every key, as far as lengths and the window say.
     const bool whole = span_of(in, first_head, block.begin).end >= tile.end &&
                        span_of(in, first_head, block.begin + block.queries - 1).begin <= s;
+    // Whether products are logits.
+    const bool plain = whole && tile_keys % kVec == 0 && !tile.masked && !tile.bits &&
+                       !in.bias.data && !in.alibi_slopes && in.softcap == 0.0f;
     FloatRows values{v.data + (s - origin) * v.stride, v.stride};
     // A row or two take the values as they are.
     const bool weigh = !k && rows <= 2 && !first_head.visible && width == in.value_size;
@@ -192,7 +195,7 @@ static void forward_block(const AttentionForward& p, const Head& first_head, con
         zero(row, round_down(strip.begin, kVec), strip.end);
         return;
       }
-      finish_logits(in, head, tile, t, span, row, nullptr);
+      if (!plain) finish_logits(in, head, tile, t, span, row, nullptr);
       float factor = 1.0f;
       if (in.activation == Activation::kSoftmax)
         factor = softmax_step(row, span, state[r]);
