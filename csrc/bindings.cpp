@@ -39,6 +39,10 @@ TORCH_LIBRARY(fused_attn_C, m) {
       "beam_search_step(Tensor logits, Tensor scores, int eos_token) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
   m.def(
+      "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, "
+      "Tensor? ancestry, Tensor? mask, Tensor? alibi_slopes, bool is_causal, int window, "
+      "float scale, float softcap) -> (Tensor, Tensor)");
+  m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, "
       "Tensor? alibi_slopes, Tensor? query_lengths, Tensor? key_lengths, Tensor? query_offsets, "
       "Tensor? key_offsets, Tensor[] block_mask, Tensor? seed, int left, int right, "

@@ -1,6 +1,13 @@
 """Fused kernels and modules for attention-based sequence-to-sequence models in PyTorch."""
 
-from .ops import BeamSearchStep, BlockMask, add_layer_norm, attention, beam_search_step
+from .ops import (
+    BeamSearchStep,
+    BlockMask,
+    add_layer_norm,
+    attention,
+    beam_search_step,
+    decode_attention,
+)
 
 __version__ = "0.1.0"
 
@@ -11,4 +18,5 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "beam_search_step",
+    "decode_attention",
 ]

@@ -3,5 +3,13 @@
 from .add_layer_norm import add_layer_norm
 from .attention import BlockMask, attention
 from .beam_search import BeamSearchStep, beam_search_step
+from .decode_attention import decode_attention
 
-__all__ = ["BeamSearchStep", "BlockMask", "add_layer_norm", "attention", "beam_search_step"]
+__all__ = [
+    "BeamSearchStep",
+    "BlockMask",
+    "add_layer_norm",
+    "attention",
+    "beam_search_step",
+    "decode_attention",
+]

@@ -1,0 +1,51 @@
+"""The ``cpu`` backend: vectorised, multi-threaded C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._check import FLOATING
+
+MAX_HEAD_SIZE = 256
+
+
+def unsupported_reasons(query: Tensor, value: Tensor) -> list[str]:
+    """Why this backend cannot run the call; empty if it can."""
+    reasons = []
+    if query.dtype not in FLOATING:
+        reasons.append(f"dtype {query.dtype}: float32, float16 or bfloat16 only")
+    if query.size(-1) > MAX_HEAD_SIZE:
+        reasons.append(f"head size {query.size(-1)} > {MAX_HEAD_SIZE}")
+    if value.size(-1) > MAX_HEAD_SIZE:
+        reasons.append(f"head size {value.size(-1)} of value > {MAX_HEAD_SIZE}")
+    return reasons
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    ancestry: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    is_causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse."""
+    return torch.ops.fused_attn_C.decode_attention(
+        query,
+        key,
+        value,
+        key_lengths,
+        ancestry,
+        mask,
+        alibi_slopes,
+        is_causal,
+        window,
+        scale,
+        softcap,
+    )
