@@ -148,7 +148,9 @@ def test_one_name_finds_everything_about_an_op(op: str) -> None:
     assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file()
 
 
-@pytest.mark.parametrize("name", ["attention", "add_layer_norm", "beam_search_step", "decode_attention"])
+@pytest.mark.parametrize(
+    "name", ["attention", "add_layer_norm", "beam_search_step", "decode_attention"]
+)
 def test_public_functions_are_documented(name: str) -> None:
     function = getattr(fused_attn, name)
     text = inspect.getdoc(function) or ""
