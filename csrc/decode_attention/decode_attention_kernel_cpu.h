@@ -18,7 +18,7 @@ constexpr int64_t kCacheLine = 64;
 
 // Bytes ahead of the arithmetic that are fetched into the cache: the processor's own prefetcher
 // stops at the end of a page, and does not see the rows that an ancestry leads to.
-constexpr int64_t kPrefetch = 4096;
+constexpr int64_t kPrefetch = 8192;
 
 // Stride of scores in scratch memory: room for a vector that begins at the last key.
 constexpr int64_t kScoreStride = kDecodeChunk + 16;
