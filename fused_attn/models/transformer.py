@@ -246,10 +246,10 @@ class Transformer(nn.Module):
         projected = [layer.multihead_attn.project_key_value(memory, memory) for layer in layers]
         return TransformerState(
             source_lengths=source_lengths,
-            memory_keys=[keys for keys, _ in projected],
-            memory_values=[values for _, values in projected],
-            cache=KeyValueCache(len(projected), self.config.max_length),
-            beam_size=beam_size,
+            # A head's keys next to each other: every step reads them all.
+            memory_keys=[keys.contiguous() for keys, _ in projected],
+            memory_values=[values.contiguous() for _, values in projected],
+            cache=KeyValueCache(len(projected), beam_size, self.config.max_length),
         )
 
     @torch.no_grad()
@@ -309,23 +309,27 @@ class Transformer(nn.Module):
 def _layer_step(layer: Any, x: Tensor, state: TransformerState, index: int) -> Tensor:
     """Decoder layer ``index`` on the next position ``[B, K, E]`` of K targets a source.
 
-    To self-attention they are B * K sequences; to cross-attention they are K queries of one
-    sequence, so that the source's keys and values exist, and are read, once.
+    They are B * K rows of one query. Those of a source share its keys and values, and the part of
+    their histories that is the same, without a copy of either.
     """
 
     def self_attention(hidden: Tensor) -> Tensor:
         rows = hidden.view(-1, 1, hidden.size(-1))  # [B * K, 1, E]
         query, key, value = layer.self_attn.project(rows, rows, rows)
         keys, values = state.cache.append(index, key, value)
-        return layer.self_attn.attend(query, keys, values).view(hidden.shape)
+        output = layer.self_attn.attend_to_cache(query, keys, values, ancestry=state.cache.ancestry)
+        return output.view(hidden.shape)
 
     def cross_attention(hidden: Tensor) -> Tensor:
-        return layer.multihead_attn.attend(
-            layer.multihead_attn.project_query(hidden),
+        rows = hidden.view(-1, 1, hidden.size(-1))
+        output = layer.multihead_attn.attend_to_cache(
+            layer.multihead_attn.project_query(rows),
             state.memory_keys[index],
             state.memory_values[index],
             key_lengths=state.source_lengths,
+            is_causal=False,
         )
+        return output.view(hidden.shape)
 
     return layer.connect(x, self_attention, cross_attention)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_attn.ops import BlockMask, attention
+from fused_attn.ops import BlockMask, attention, decode_attention
 
 from ._masks import Visibility, append_visible_keys, convert_masks, padded_keys
 
@@ -293,6 +293,42 @@ class MultiheadAttention(nn.MultiheadAttention):
             softcap,
         )
         return self._attend(q, k, v, visibility)
+
+    def attend_to_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_lengths: Tensor | None = None,
+        ancestry: Tensor | None = None,
+        is_causal: bool = True,
+    ) -> Tensor:
+        """``attend`` for a step of generation: few queries, no gradient, no dropout.
+
+        The arguments are those of ``fused_attn.ops.decode_attention``.
+
+        Args:
+            q: ``[R, H, T, D]``.
+            k: ``[C, H, S, D]``; C divides R, and rows of queries after one another share a row.
+            v: ``[C, H, S, D]``.
+            key_lengths: ``[R]`` or ``[C]``.
+            ancestry: ``[B, K, S]``: where each of K beams reads each position, R = C = B * K.
+            is_causal: The queries are the last T of their keys.
+
+        Returns:
+            ``[R, T, E]``, or ``[T, R, E]`` without ``batch_first``.
+        """
+        context, _ = decode_attention(
+            q,
+            k,
+            v,
+            key_lengths=key_lengths,
+            ancestry=ancestry,
+            is_causal=is_causal,
+            return_lse=True,
+        )
+        return self._merge(context)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
         """Output in the module's layout."""
