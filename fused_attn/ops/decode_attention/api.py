@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .._backend import describe_tensor, resolve
 from .._check import check_device, check_dtype, check_floating, check_rank, check_same, check_tensor
-from . import cpu, reference
+from . import cpu, reference, triton
 from .contract import decode_attention_fused
 from .reference import decode_attention_reference
 
 _OP = "decode_attention"
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
 
 _INTEGERS = (torch.int32, torch.int64)
 
