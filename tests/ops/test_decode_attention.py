@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fused_attn import attention, decode_attention
+from fused_attn.ops.decode_attention import triton as triton_backend
 from fused_attn.ops.decode_attention.cases import search_history
 from fused_attn.validation import compare, fused_backends
+from tests.triton_tools.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_in_subprocess
 
 from .suite import OpSuite, assert_bit_equal
 
@@ -309,6 +311,22 @@ def test_the_number_of_threads_does_not_change_a_bit(form: str) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif("triton" not in FUSED, reason="triton is not installed")
+@pytest.mark.parametrize("form", ["plain", "shared", "ancestry"])
+def test_splits_of_the_keys_are_merged(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU that one row does not fill. The last split has no keys in some rows.
+    inputs = random_inputs(R=4, C=2 if form == "shared" else 4, S=1100)
+    inputs["key_lengths"] = torch.tensor([1100, 600, 5, 0])
+    if form == "ancestry":
+        inputs["ancestry"] = search_history(2, 2, 1100)
+    monkeypatch.setattr(triton_backend, "multiprocessor_count", lambda _: 64)
+    splits, keys_per_split = triton_backend._split(1100, 8, 64, 64)
+    assert splits == 4
+    assert (splits - 1) * keys_per_split < 1100 <= splits * keys_per_split
+    oracle, same = run(wide(inputs), "reference"), run(inputs, "reference")
+    assert_agree(run(inputs, "triton"), oracle, same)
+
+
 @on_each_backend
 def test_no_graph_is_recorded_without_a_gradient(backend: str) -> None:
     inputs = {name: tensor.requires_grad_() for name, tensor in random_inputs().items()}
@@ -499,3 +517,38 @@ def test_a_named_backend_says_why_it_cannot() -> None:
         r"float64 cpu\n  - dtype torch.float64.*available here: reference",
     ):
         decode_attention(**wide(random_inputs()), backend="cpu")
+
+
+_FORMS: list[dict[str, Any]] = [
+    {"form": "plain"},
+    {"form": "plain", "D": 80},
+    {"form": "plain", "D": 256},
+    {"form": "plain", "T": 4, "D": 128},
+    {"form": "shared"},
+    {"form": "shared", "D": 128},
+    {"form": "shared", "D": 256, "group": 8},
+    {"form": "ancestry"},
+    {"form": "plain", "everything": True},
+    {"form": "ancestry", "everything": True, "group": 4, "T": 2},
+]
+CALLS = [
+    {"op": "decode_attention", "dtype": dtype, **form}
+    for form in _FORMS
+    for dtype in ("float32", "bfloat16")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_ahead_of_time_without_spills(target: str) -> None:
+    if "triton" not in FUSED:
+        pytest.skip("decode_attention: triton is not installed")
+    reports = compile_in_subprocess(target, CALLS)
+    kernels = [r["kernel"] for r in reports]
+    assert kernels.count("decode_attention_kernel") == len(CALLS)
+    assert "decode_attention_merge_kernel" in kernels
+    for report in reports:
+        assert report["registers"] > 0, report
+        assert report["spilled_bytes"] == 0, report
+        assert report["shared"] <= SHARED_MEMORY_LIMIT[target], report
+        assert report["wide_loads"] > 0 or "merge" in report["kernel"], report

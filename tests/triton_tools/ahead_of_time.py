@@ -26,11 +26,11 @@ SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx9
 
 
 def compile_in_subprocess(target: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Resource reports of the different kernels that calls of ``add_layer_norm`` launch.
+    """Resource reports of the different kernels that calls launch.
 
     Args:
         target: One of :data:`TARGETS`.
-        calls: Keyword arguments of :func:`_launch`.
+        calls: Keyword arguments of :func:`_launch`, or with ``op`` of that op's launch.
     """
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -93,7 +93,10 @@ def _compile(target: str, calls: list[dict[str, Any]]) -> None:
     try:
         for call in calls:
             count = len(reports)
-            _launch(**call)
+            launch_call = (
+                _launch_decode_attention if call.get("op") == "decode_attention" else _launch
+            )
+            launch_call(**{name: value for name, value in call.items() if name != "op"})
             for report in reports[count:]:
                 report["call"] = call
     finally:
@@ -136,6 +139,44 @@ def _launch(
             True,
             True,
         )
+
+
+def _launch_decode_attention(
+    dtype: str,
+    form: str,
+    D: int = 64,
+    T: int = 1,
+    group: int = 1,
+    everything: bool = False,
+) -> None:
+    """``decode_attention`` in splits, as on a GPU of 128 multiprocessors."""
+    import torch
+
+    from fused_attn.ops.decode_attention import triton as backend
+
+    kind = getattr(torch, dtype)
+    B, K, Hk, S = 4, 4, 8, 4096
+    R = B if form == "plain" else B * K
+    C = R if form == "ancestry" else B
+    query = torch.empty(R, Hk * group, T, D, dtype=kind, device="meta")
+    key, value = (torch.empty(C, Hk, S, D, dtype=kind, device="meta") for _ in range(2))
+    integers = {"dtype": torch.int32, "device": "meta"}
+    ancestry = torch.empty(B, K, S, **integers) if form == "ancestry" else None
+    mask = torch.empty(R, 1, T, S, dtype=torch.bool, device="meta") if everything else None
+    backend.multiprocessor_count = lambda _: 128
+    backend.forward(
+        query,
+        key,
+        value,
+        torch.empty(R, dtype=torch.int64, device="meta"),
+        ancestry,
+        mask,
+        torch.empty(Hk * group, device="meta") if everything else None,
+        form != "shared",
+        100 if everything else -1,
+        0.1,
+        20.0 if everything else 0.0,
+    )
 
 
 def _report(name: str, compiled: Any, log: str) -> dict[str, Any]:

@@ -61,7 +61,12 @@ def forward(
     # Matrix products take at least 16 rows.
     block_m = 1 if num_queries == 1 else min(max(16, _next_power_of_2(num_queries)), _MAX_BLOCK)
     block_d, block_dv = max(16, _next_power_of_2(D)), max(16, _next_power_of_2(Dv))
-    block_n = min(max(_TILE_ELEMENTS // max(block_d, block_dv), 16), 64)
+    # Products of fp32 run on the plain units, whose operands take registers.
+    is_wide_product = block_m > 1 and query.dtype == torch.float32
+    if is_wide_product:
+        block_m = 16
+    elements = _TILE_ELEMENTS // 2 if is_wide_product else _TILE_ELEMENTS
+    block_n = min(max(elements // max(block_d, block_dv), 16), 64)
     blocks = _ceil_div(num_queries, block_m)
     splits, keys_per_split = _split(S, C * Hk * blocks, block_n, multiprocessor_count(query))
     if splits > 1:
@@ -111,7 +116,7 @@ def forward(
             BLOCK_N=block_n,
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,
-            num_warps=4,
+            num_warps=8 if is_wide_product else 4,
             num_stages=2,
         )
         if splits > 1:
