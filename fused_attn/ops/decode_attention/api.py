@@ -54,7 +54,8 @@ def decode_attention(
     to attend to gives output 0 and lse -inf. NaN or Inf reaches nothing from where no query
     that shares the key may look: behind the lengths, before the window, and in rows or positions
     that the ancestry does not lead to. Computes in fp32 and rounds once at the end.
-    Deterministic; a row's result does not depend on the other rows.
+    Deterministic; a row's result does not depend on the other rows, but for the last bits on a
+    GPU.
 
     Args:
         query: ``[R, H, T, D]``, fp32, fp16 or bf16 (fp64: reference only), any strides; made
