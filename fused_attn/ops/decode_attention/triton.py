@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._check import FLOATING
-from .._triton import device_guard, multiprocessor_count
+from .._triton import device_guard, multiprocessor_count, target
 
 MAX_HEAD_SIZE = 256
 
@@ -118,6 +118,7 @@ def forward(
             BLOCK_DV=block_dv,
             num_warps=8 if is_wide_product else 4,
             num_stages=2,
+            **target().register_options(255),
         )
         if splits > 1:
             decode_attention_merge_kernel[(R * H * T,)](
