@@ -33,11 +33,6 @@ static_assert(kChunkAlignment % kMaskStep == 0 && kMaskTile % kMaskStep == 0);
 constexpr int64_t kFewQueries = 8;
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-FUSED_ATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 FUSED_ATTN_INLINE int64_t round_down(int64_t n, int64_t multiple) {
   return n / multiple * multiple;
@@ -151,26 +146,6 @@ FUSED_ATTN_INLINE void transpose_step(Vec (&r)[kVec]) {
 }
 
 FUSED_ATTN_INLINE void transpose(Vec (&r)[kVec]) { transpose_step<kVec / 2>(r); }
-
-// Lane i of the result is the sum of r[i]: the transposition, with an addition at each step.
-template <int kHalf = kVec / 2>
-FUSED_ATTN_INLINE Vec reduce_add_each(Vec (&r)[kVec]) {
-  VecI low, high;
-  for (int lane = 0; lane < kVec; ++lane) {
-    low[lane] = (lane & kHalf) ? kVec + lane - kHalf : lane;
-    high[lane] = (lane & kHalf) ? kVec + lane : lane + kHalf;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kHalf; ++i) {
-    const Vec a = r[i];
-    const Vec b = r[i + kHalf];
-    r[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-  }
-  if constexpr (kHalf > 1)
-    return reduce_add_each<kHalf / 2>(r);
-  else
-    return r[0];
-}
 
 // out[r * kScoreStride] and what follows = a[r] . the kVec rows that `row_of` gives.
 template <typename RowOf>

@@ -30,6 +30,8 @@ typedef int32_t VecI __attribute__((vector_size(kVec * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kVec * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kVec * 2)));
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
 // x - 0 is x, which the compiler knows; 0 + x is not where x is -0, and would be computed.
 FUSED_ATTN_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
@@ -101,6 +103,31 @@ FUSED_ATTN_INLINE float reduce_add(Vec v) {
 
 FUSED_ATTN_INLINE float reduce_max(Vec v) {
   return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// Lane i of the result is the sum of r[i]: a transposition with an addition at
+// each step.
+template <int kHalf = kVec / 2>
+FUSED_ATTN_INLINE Vec reduce_add_each(Vec (&r)[kVec]) {
+  VecI low, high;
+  for (int lane = 0; lane < kVec; ++lane) {
+    low[lane] = (lane & kHalf) ? kVec + lane - kHalf : lane;
+    high[lane] = (lane & kHalf) ? kVec + lane : lane + kHalf;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kHalf; ++i) {
+    const Vec a = r[i];
+    const Vec b = r[i + kHalf];
+    r[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  }
+  if constexpr (kHalf > 1)
+    return reduce_add_each<kHalf / 2>(r);
+  else
+    return r[0];
+}
+
+FUSED_ATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
 }
 
 // --- loads and stores ---------------------------------------------------------------------
@@ -202,8 +229,7 @@ FUSED_ATTN_INLINE Vec exp(Vec x) {
   const VecI half = ni >> 1;
   Vec result = p * as_vec((half + 127) << 23) * as_vec((ni - half + 127) << 23);
   result = select(x < broadcast(-87.33654f), Vec{}, result);
-  result =
-      select(x > broadcast(88.72283f), broadcast(std::numeric_limits<float>::infinity()), result);
+  result = select(x > broadcast(88.72283f), broadcast(kInfinity), result);
   return select(x != x, x, result);
 }
 

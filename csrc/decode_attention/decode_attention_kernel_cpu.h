@@ -13,7 +13,6 @@
 namespace fused_attn {
 namespace FUSED_ATTN_ISA {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kCacheLine = 64;
 
 // Bytes ahead of the arithmetic that are fetched into the cache: the processor's own prefetcher
@@ -23,31 +22,7 @@ constexpr int64_t kPrefetch = 8192;
 // Stride of scores in scratch memory: room for a vector that begins at the last key.
 constexpr int64_t kScoreStride = kDecodeChunk + 16;
 
-FUSED_ATTN_INLINE int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
 // --- products ---------------------------------------------------------------------------------
-
-template <int kHalf>
-FUSED_ATTN_INLINE void sum_lanes_step(Vec* v) {
-  VecI first, second;
-  for (int lane = 0; lane < kVec; ++lane) {
-    first[lane] = (lane & kHalf) ? kVec + lane - kHalf : lane;
-    second[lane] = (lane & kHalf) ? kVec + lane : lane + kHalf;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kHalf; ++i)
-    v[i] = __builtin_shuffle(v[i], v[i + kHalf], first) +
-           __builtin_shuffle(v[i], v[i + kHalf], second);
-  if constexpr (kHalf > 1) sum_lanes_step<kHalf / 2>(v);
-}
-
-// Lane i: the sum of the lanes of v[i].
-FUSED_ATTN_INLINE Vec sum_lanes(Vec (&v)[kVec]) {
-  sum_lanes_step<kVec / 2>(v);
-  return v[0];
-}
 
 template <typename T>
 FUSED_ATTN_INLINE void prefetch(const T* row, int64_t bytes) {
@@ -89,7 +64,7 @@ static void score_strip(const Rows<T>& rows, const float* q, int64_t width, floa
         for (int j = 0; j < kKeys; ++j) sums[r * kKeys + j] += x * k[j];
       }
     }
-    const Vec result = sum_lanes(sums);
+    const Vec result = reduce_add_each(sums);
 #pragma GCC unroll 4
     for (int r = 0; r < kQueries; ++r)
       std::memcpy(scores + r * kScoreStride + s,
@@ -201,19 +176,6 @@ struct DecodeScratch {
   Scratch<float> zeros;   // in any dtype
   Scratch<float> padded;  // [kDecodeChunk, head_size or value_size in whole vectors]
 };
-
-// tanh to a few units in the last place. The polynomial is that of Cephes (Moshier).
-FUSED_ATTN_INLINE Vec tanh(Vec x) {
-  const Vec z = x * x;
-  Vec p = broadcast(-5.70498872745e-3f);
-  p = p * z + 2.06390887954e-2f;
-  p = p * z + -5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z + -3.33332819422e-1f;
-  const Vec near_zero = p * z * x + x;
-  const Vec far = 1.0f - 2.0f / (exp(x + x) + 1.0f);
-  return select(z < 0.390625f, near_zero, far);
-}
 
 struct RowSum {
   float peak;
