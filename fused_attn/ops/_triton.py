@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -30,6 +32,8 @@ class Target(NamedTuple):
 
     backend: str
     warp_size: int
+    architecture: str
+    """``sm_90``, ``gfx942``, ...; ``interpreter`` where there is no GPU."""
 
     def register_options(self, registers: int) -> dict[str, int]:
         """Launch options that let a thread have this many registers.
@@ -47,8 +51,29 @@ def target() -> Target:
     try:
         active = driver.active.get_current_target()
     except RuntimeError:
-        return Target("interpreter", 32)
-    return Target(active.backend, active.warp_size)
+        return Target("interpreter", 32, "interpreter")
+    architecture = f"sm_{active.arch}" if active.backend == "cuda" else str(active.arch)
+    return Target(active.backend, active.warp_size, architecture)
+
+
+def with_scratch_memory(launch: Callable[[], None], like: Tensor) -> None:
+    """Launches a kernel that makes tensor descriptors, whose memory comes from PyTorch.
+
+    The caller's own allocator, if there is one, stays as it is.
+    """
+    if not like.is_cuda:
+        launch()
+        return
+    import triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=like.device)
+
+    def launch_with_allocator() -> None:
+        triton.set_allocator(allocate)
+        launch()
+
+    contextvars.copy_context().run(launch_with_allocator)
 
 
 # Rows that one stride describes have this many on the inner level: more than a kernel divides by.
