@@ -152,7 +152,6 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         B * H,
         _heads_in_cache(inputs, S),
         BOUNDS=_has_key_bounds(inputs, launch.BLOCK_N),
-        SPLIT=launch.SPLIT or len(inputs.block_mask) > 0,
         DESCRIPTORS=descriptors,
         SPECIALIZE=launch.SPECIALIZE and descriptors and len(inputs.block_mask) == 0,
         REVERSED=_is_triangle(inputs),
@@ -221,7 +220,6 @@ def backward(
         B * H,
         _heads_in_cache(inputs, S),
         BOUNDS=_has_key_bounds(inputs, launch.BLOCK_N),
-        SPLIT=launch.SPLIT or len(inputs.block_mask) > 0,
         # A sixteenth of what rounding does to dX.
         TOLERANCE=torch.finfo(query.dtype).eps / 16 if query.dtype.itemsize == 2 else 0.0,
         DESCRIPTORS=launch.DESCRIPTORS
@@ -251,7 +249,6 @@ def backward(
         max(_heads_in_cache(inputs, T) // call.heads_per_key, 1),
         # Queries behind a length are read as zeros, and keys there are left out at the end.
         BOUNDS=inputs.left >= 0 or inputs.right >= 0,
-        SPLIT=launch.SPLIT or len(inputs.block_mask) > 0,
         DESCRIPTORS=launch.DESCRIPTORS
         and T >= _DESCRIPTOR_ROWS
         and _can_describe(inputs, (query, grad_output)),
@@ -400,7 +397,7 @@ def _can_describe(inputs: AttentionInputs, tensors: tuple[Tensor, ...]) -> bool:
         )
         # A row's stride must be one even of a single row.
         and tensor.stride(-2) * tensor.element_size() % 16 == 0
-        and 0 < tensor.stride(-2)
+        and tensor.stride(-2) > 0
         for tensor in tensors
     )
 
@@ -413,7 +410,8 @@ def _call(inputs: AttentionInputs) -> Call:
 
     _, H, T, S = inputs.logical_shape
     slopes = inputs.alibi_slopes
-    exact = inputs.query.dtype == torch.float32
+    # The gradient of a bias in fp32 is as exact as the bias.
+    exact = torch.float32 in (inputs.query.dtype, _dtype(inputs.bias))
     is_last = inputs.softcap == 0.0 and inputs.bias is None and slopes is None and not exact
     # Beyond all queries and keys a bound is none; sums with it must not overflow.
     most = T + S
@@ -480,6 +478,10 @@ def _blocks(inputs: AttentionInputs) -> Blocks | None:
         query_blocks=query_blocks,
         key_blocks=key_blocks,
     )
+
+
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -8,13 +8,15 @@ import triton.language as tl
 from .triton_kernels import (
     BLOCK,
     SOFTMAX,
-    bits_of,
     block_head,
-    both,
     count_steps,
+    has_bits,
     head_pointer,
+    hide,
+    is_cut,
     keep_pairs,
     key_steps,
+    listed_steps,
     load_lse,
     load_rows,
     logit_gradient,
@@ -24,14 +26,15 @@ from .triton_kernels import (
     row_index,
     sequence_of,
     shown_keys,
+    shown_pairs,
     slope_of,
     source_of,
     step_start,
     store_rows,
     tile_and_head,
-    visible_pairs,
     weights,
 )
+
 
 @triton.jit
 def query_gradient_loop(
@@ -51,8 +54,6 @@ def query_gradient_loop(
     h,
     m0,
     steps,
-    tiles,
-    counts,
     seed,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -60,22 +61,18 @@ def query_gradient_loop(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    WHOLE: tl.constexpr,
     BOUNDS: tl.constexpr,
     CORRECTED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """Adds dZ k over some key tiles; with CORRECTED also sum dX and sum |dX| of each row."""
-    BITS: tl.constexpr = MASKED and counts is not None
     rows = m0 + tl.arange(0, BLOCK_M)[:, None]
     b = sequence.b
     bias_pointer = pair_pointer(call.bias, b, h)
     mask_pointer = pair_pointer(call.mask, b, h)
     slope = slope_of(call, b, h)
-    number = count_steps(steps, counts, MASKED, WHOLE, BLOCK_N)
-    for i in tl.range(0, number):
-        n0 = step_start(i, steps, tiles, counts, MASKED, WHOLE, BLOCK_N)
+    for i in tl.range(0, count_steps(call, steps, BLOCK_N)):
+        n0 = step_start(i, call, steps, BLOCK_N)
         columns = n0 + tl.arange(0, BLOCK_N)[None, :]
         shown = shown_keys(call, mask_pointer, n0 + tl.arange(0, BLOCK_N)[:, None])
         length = sequence.key_length
@@ -86,11 +83,13 @@ def query_gradient_loop(
         x, multiplier, derivative = logits(
             products, call, bias_pointer, slope, sequence, rows, columns
         )
-        bits = None
-        if BITS:
-            bits = bits_of(call, b, h, m0 // BLOCK, n0 // BLOCK)
-        visible = visible_pairs(call, sequence, mask_pointer, bits, rows, columns, BOUNDS, BITS)
-        p = weights(x, multiplier, lse[:, None], visible, call)
+        p = weights(x, multiplier, lse[:, None], call)
+        if BOUNDS or call.blocks is not None:
+            if is_cut(i, n0, call, steps, BLOCK_N):
+                with_bits = has_bits(i, call, steps, BLOCK_N)
+                p = hide(p, 0.0, call, sequence, h, m0, n0, rows, columns, with_bits, BOUNDS)
+        if call.mask.ptr is not None:
+            p = tl.where(shown_pairs(call, mask_pointer, rows, columns), p, 0.0)
         if call.seed is not None:
             keep = keep_pairs(call, seed, b, h, m0, n0, BLOCK_M, BLOCK_N, False)
             dp = tl.where(keep, dp * call.keep_scale, 0.0)
@@ -126,7 +125,6 @@ def attention_query_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BOUNDS: tl.constexpr,
-    SPLIT: tl.constexpr,
     TOLERANCE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     REVERSED: tl.constexpr,
@@ -188,12 +186,10 @@ def attention_query_gradient_kernel(
         seed = tl.load(call.seed)
 
     steps = key_steps(call, sequence, m0, BLOCK_M, BLOCK_N)
-    tiles = None
-    counts = None
     if call.blocks is not None:
         row = block_head(call, b, h) * call.blocks.query_blocks + m0 // BLOCK
-        tiles = call.blocks.key_tiles + row * call.blocks.key_blocks
-        counts = call.blocks.key_counts + row * 2
+        lists, counts = call.blocks.key_tiles, call.blocks.key_counts
+        steps = listed_steps(steps, lists, counts, row, call.blocks.key_blocks)
 
     dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     rounds = 1
@@ -202,39 +198,6 @@ def attention_query_gradient_kernel(
         dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
         error = tl.zeros((BLOCK_M,), tl.float32)
         size = tl.zeros((BLOCK_M,), tl.float32)
-        if SPLIT and (BOUNDS or counts is not None):
-            dq, error, size = query_gradient_loop(
-                dq,
-                error,
-                size,
-                q_tile,
-                do_tile,
-                lse,
-                delta,
-                k_source,
-                v_source,
-                k,
-                v,
-                call,
-                sequence,
-                h,
-                m0,
-                steps,
-                tiles,
-                counts,
-                seed,
-                D,
-                DV,
-                HEAD_DIM,
-                HEAD_DIM_V,
-                BLOCK_M,
-                BLOCK_N,
-                True,
-                False,
-                BOUNDS,
-                CORRECTED,
-                DESCRIPTORS,
-            )
         dq, error, size = query_gradient_loop(
             dq,
             error,
@@ -252,8 +215,6 @@ def attention_query_gradient_kernel(
             h,
             m0,
             steps,
-            tiles,
-            counts,
             seed,
             D,
             DV,
@@ -261,9 +222,7 @@ def attention_query_gradient_kernel(
             HEAD_DIM_V,
             BLOCK_M,
             BLOCK_N,
-            False,
-            not SPLIT,
-            BOUNDS and (not SPLIT or counts is not None),
+            BOUNDS,
             CORRECTED,
             DESCRIPTORS,
         )
@@ -301,8 +260,6 @@ def key_gradient_loop(
     h,
     n0,
     steps,
-    tiles,
-    counts,
     seed,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -310,13 +267,10 @@ def key_gradient_loop(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    WHOLE: tl.constexpr,
     BOUNDS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """Adds dZ^T q and P^T grad_output over some query tiles. The tiles of pairs are transposed."""
-    BITS: tl.constexpr = MASKED and counts is not None
     columns = n0 + tl.arange(0, BLOCK_N)[:, None]
     b = sequence.b
     bias_pointer = pair_pointer(call.bias, b, h)
@@ -324,21 +278,16 @@ def key_gradient_loop(
     slope = slope_of(call, b, h)
     index = row_index(call, b, h, sequence.query_start)
     length = sequence.query_length
-    number = count_steps(steps, counts, MASKED, WHOLE, BLOCK_M)
-    for i in tl.range(0, number):
-        m0 = step_start(i, steps, tiles, counts, MASKED, WHOLE, BLOCK_M)
+    for i in tl.range(0, count_steps(call, steps, BLOCK_M)):
+        m0 = step_start(i, call, steps, BLOCK_M)
         offs_m = m0 + tl.arange(0, BLOCK_M)
         rows = offs_m[None, :]
         q_tile = load_rows(q_source, q, m0, length, None, D, BLOCK_M, HEAD_DIM, DESCRIPTORS)
-        do_tile = load_rows(
-            do_source, grad_output, m0, length, None, DV, BLOCK_M, HEAD_DIM_V, DESCRIPTORS
-        )
         lse = tl.zeros((BLOCK_M,), tl.float32)
         delta = lse
         if call.activation == SOFTMAX:
             lse = load_lse(lse_ptr, call, index, offs_m, length)
-            delta = tl.load(delta_ptr + index + offs_m, mask=offs_m < length, other=0.0)
-        if call.exact:
+        if q_tile.dtype == tl.float32:
             # Summed in the forward's order: a rounding of large logits must match that of the lse.
             products = tl.dot(q_tile, k.T, input_precision="ieee").T
         else:
@@ -346,22 +295,34 @@ def key_gradient_loop(
         x, multiplier, derivative = logits(
             products, call, bias_pointer, slope, sequence, rows, columns
         )
-        bits = None
-        if BITS:
-            bits = bits_of(call, b, h, m0 // BLOCK, n0 // BLOCK)
-        visible = visible_pairs(call, sequence, mask_pointer, bits, rows, columns, BOUNDS, BITS)
-        p = weights(x, multiplier, lse[None, :], visible, call)
-        dp = tl.dot(v, do_tile.T, input_precision="ieee")
-        kept = p
+        p = weights(x, multiplier, lse[None, :], call)
+        if BOUNDS or call.blocks is not None:
+            if is_cut(i, m0, call, steps, BLOCK_M):
+                with_bits = has_bits(i, call, steps, BLOCK_M)
+                p = hide(p, 0.0, call, sequence, h, m0, n0, rows, columns, with_bits, BOUNDS)
+        shown = shown_pairs(call, mask_pointer, rows, columns)
+        if call.mask.ptr is not None:
+            p = tl.where(shown, p, 0.0)
+        # What is needed late is loaded late, and dv made before dp: fewer registers at once.
+        do_tile = load_rows(
+            do_source, grad_output, m0, length, None, DV, BLOCK_M, HEAD_DIM_V, DESCRIPTORS
+        )
+        keep = None
         if call.seed is not None:
             keep = keep_pairs(call, seed, b, h, m0, n0, BLOCK_M, BLOCK_N, True)
-            kept = tl.where(keep, p, 0.0)
+            kept = tl.where(keep, p, 0.0).to(do_tile.dtype)
+        else:
+            kept = p.to(do_tile.dtype)
+        dv = tl.dot(kept, do_tile, dv, input_precision="ieee")
+        dp = tl.dot(v, do_tile.T, input_precision="ieee")
+        if call.seed is not None:
             dp = tl.where(keep, dp * call.keep_scale, 0.0)
-        dv = tl.dot(kept.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
+        if call.activation == SOFTMAX:
+            delta = tl.load(delta_ptr + index + offs_m, mask=offs_m < length, other=0.0)
         dx = logit_gradient(p, dp, delta[None, :], call)
         if call.mask.ptr is not None:
             # What a mask hides from every query may be NaN in k and v.
-            dx = tl.where(visible, dx, 0.0)
+            dx = tl.where(shown, dx, 0.0)
         if call.softcap is not None:
             dx = dx * derivative
         dk = tl.dot(dx.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
@@ -389,7 +350,6 @@ def attention_key_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BOUNDS: tl.constexpr,
-    SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     REVERSED: tl.constexpr,
 ):
@@ -415,12 +375,12 @@ def attention_key_gradient_kernel(
     dv = tl.zeros((BLOCK_N, HEAD_DIM_V), tl.float32)
     for shared in range(0, call.heads_per_key):
         h = key_head * call.heads_per_key + shared
-        tiles = None
-        counts = None
         if call.blocks is not None:
             row = block_head(call, b, h) * call.blocks.key_blocks + n0 // BLOCK
-            tiles = call.blocks.query_tiles + row * call.blocks.query_blocks
-            counts = call.blocks.query_counts + row * 2
+            lists, counts = call.blocks.query_tiles, call.blocks.query_counts
+            head_steps = listed_steps(steps, lists, counts, row, call.blocks.query_blocks)
+        else:
+            head_steps = steps
         query_start = sequence.query_start
         query_length = sequence.query_length
         q_source = source_of(
@@ -429,37 +389,6 @@ def attention_key_gradient_kernel(
         do_source = source_of(
             grad_output, call, b, h, query_start, query_length, DV, BLOCK_M, HEAD_DIM_V, DESCRIPTORS
         )
-        if SPLIT and (BOUNDS or counts is not None):
-            dk, dv = key_gradient_loop(
-                dk,
-                dv,
-                k_tile,
-                v_tile,
-                q_source,
-                do_source,
-                q,
-                grad_output,
-                lse_ptr,
-                delta_ptr,
-                call,
-                sequence,
-                h,
-                n0,
-                steps,
-                tiles,
-                counts,
-                seed,
-                D,
-                DV,
-                HEAD_DIM,
-                HEAD_DIM_V,
-                BLOCK_M,
-                BLOCK_N,
-                True,
-                False,
-                BOUNDS,
-                DESCRIPTORS,
-            )
         dk, dv = key_gradient_loop(
             dk,
             dv,
@@ -475,9 +404,7 @@ def attention_key_gradient_kernel(
             sequence,
             h,
             n0,
-            steps,
-            tiles,
-            counts,
+            head_steps,
             seed,
             D,
             DV,
@@ -485,9 +412,7 @@ def attention_key_gradient_kernel(
             HEAD_DIM_V,
             BLOCK_M,
             BLOCK_N,
-            False,
-            not SPLIT,
-            BOUNDS and (not SPLIT or counts is not None),
+            BOUNDS,
             DESCRIPTORS,
         )
 
@@ -546,6 +471,7 @@ def attention_bias_gradient_kernel(
         sequence = sequence_of(call, b)
         steps = key_steps(call, sequence, m0, BLOCK_M, BLOCK_N)
         taken = (n0 // BLOCK_N >= steps.first) & (n0 // BLOCK_N < steps.last)
+        kind = 0
         if call.blocks is not None:
             row = block_head(call, b, h) * call.blocks.query_blocks + m0 // BLOCK
             kind = tl.load(call.blocks.tiles + row * call.blocks.key_blocks + n0 // BLOCK)
@@ -581,16 +507,11 @@ def attention_bias_gradient_kernel(
             bias_pointer = pair_pointer(call.bias, b, h)
             slope = slope_of(call, b, h)
             x, multiplier, _ = logits(products, call, bias_pointer, slope, sequence, rows, columns)
-            visible = visible_pairs(
-                call, sequence, mask_pointer, None, rows, columns, BOUNDS, False
-            )
-            if call.blocks is not None:
-                # Of a full tile the bits are not there, and not read.
-                bits = bits_of(call, b, h, m0 // BLOCK, n0 // BLOCK)
-                words = (rows % BLOCK) * 4 + (columns % BLOCK) // 32
-                words = tl.load(bits + words, mask=(rows >= 0) & (kind > 1), other=-1)
-                visible = both(visible, ((words >> (columns % 32)) & 1) != 0)
-            p = weights(x, multiplier, lse[:, None], visible, call)
+            p = weights(x, multiplier, lse[:, None], call)
+            if BOUNDS or call.blocks is not None:
+                p = hide(p, 0.0, call, sequence, h, m0, n0, rows, columns, kind > 1, BOUNDS)
+            if call.mask.ptr is not None:
+                p = tl.where(shown_pairs(call, mask_pointer, rows, columns), p, 0.0)
             if call.seed is not None:
                 keep = keep_pairs(call, seed, b, h, m0, n0, BLOCK_M, BLOCK_N, False)
                 dp = tl.where(keep, dp * call.keep_scale, 0.0)

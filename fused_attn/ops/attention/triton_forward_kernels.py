@@ -9,25 +9,28 @@ from .triton_kernels import (
     BLOCK,
     LN2,
     SOFTMAX,
-    bits_of,
     block_head,
     count_steps,
     exponential,
+    has_bits,
     head_pointer,
+    hide,
+    is_cut,
     keep_pairs,
     key_steps,
+    listed_steps,
     load_rows,
     logits,
     pair_pointer,
     row_index,
     sequence_of,
     shown_keys,
+    shown_pairs,
     slope_of,
     source_of,
     step_start,
     store_rows,
     tile_and_head,
-    visible_pairs,
     weights,
 )
 
@@ -47,8 +50,6 @@ def forward_loop(
     h,
     m0,
     steps,
-    tiles,
-    counts,
     seed,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -56,44 +57,44 @@ def forward_loop(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    WHOLE: tl.constexpr,
     BOUNDS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):
     """The online softmax over some key tiles; other activations add up without it."""
-    BITS: tl.constexpr = MASKED and counts is not None
     rows = m0 + tl.arange(0, BLOCK_M)[:, None]
     b = sequence.b
     bias_pointer = pair_pointer(call.bias, b, h)
     mask_pointer = pair_pointer(call.mask, b, h)
     slope = slope_of(call, b, h)
-    number = count_steps(steps, counts, MASKED, WHOLE, BLOCK_N)
-    for i in tl.range(0, number, warp_specialize=SPECIALIZE):
-        n0 = step_start(i, steps, tiles, counts, MASKED, WHOLE, BLOCK_N)
+    absent = float("-inf")
+    for i in tl.range(0, count_steps(call, steps, BLOCK_N), warp_specialize=SPECIALIZE):
+        n0 = step_start(i, call, steps, BLOCK_N)
         columns = n0 + tl.arange(0, BLOCK_N)[None, :]
         shown = shown_keys(call, mask_pointer, n0 + tl.arange(0, BLOCK_N)[:, None])
         length = sequence.key_length
         k_tile = load_rows(k_source, k, n0, length, shown, D, BLOCK_N, HEAD_DIM, DESCRIPTORS)
         products = tl.dot(q, k_tile.T, input_precision="ieee")
         x, multiplier, _ = logits(products, call, bias_pointer, slope, sequence, rows, columns)
-        bits = None
-        if BITS:
-            bits = bits_of(call, b, h, m0 // BLOCK, n0 // BLOCK)
-        visible = visible_pairs(call, sequence, mask_pointer, bits, rows, columns, BOUNDS, BITS)
-        if visible is not None:
-            x = tl.where(visible, x, float("-inf"))
+        # Warps cannot divide the work of a loop with a branch: there every tile is cut.
+        if SPECIALIZE and BOUNDS:
+            x = hide(x, absent, call, sequence, h, m0, n0, rows, columns, False, BOUNDS)
+        elif BOUNDS or call.blocks is not None:
+            if is_cut(i, n0, call, steps, BLOCK_N):
+                with_bits = has_bits(i, call, steps, BLOCK_N)
+                x = hide(x, absent, call, sequence, h, m0, n0, rows, columns, with_bits, BOUNDS)
+        if call.mask.ptr is not None:
+            x = tl.where(shown_pairs(call, mask_pointer, rows, columns), x, absent)
         m_new = tl.maximum(m_i, tl.max(x, 1) * multiplier)
         if call.activation == SOFTMAX:
             # A row that has seen nothing yet is shifted by 0.
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = weights(x, multiplier, shift[:, None], None, call)
+            p = weights(x, multiplier, shift[:, None], call)
             alpha = exponential(m_i - shift, call)
             l_i = l_i * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None]
         else:
-            p = weights(x, multiplier, None, None, call)
+            p = weights(x, multiplier, None, call)
         if call.seed is not None:
             keep = keep_pairs(call, seed, b, h, m0, n0, BLOCK_M, BLOCK_N, False)
             p = tl.where(keep, p, 0.0)
@@ -121,15 +122,11 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BOUNDS: tl.constexpr,
-    SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIALIZE: tl.constexpr,
     REVERSED: tl.constexpr,
 ):
-    """Output and lse of BLOCK_M queries of a head.
-
-    With SPLIT there are two loops, one of them without bounds; else one with.
-    """
+    """Output and lse of BLOCK_M queries of a head."""
     tile, head = tile_and_head(num_tiles, num_heads, group, REVERSED)
     b = head // call.H
     h = head % call.H
@@ -153,46 +150,14 @@ def attention_forward_kernel(
         seed = tl.load(call.seed)
 
     steps = key_steps(call, sequence, m0, BLOCK_M, BLOCK_N)
-    tiles = None
-    counts = None
     if call.blocks is not None:
         row = block_head(call, b, h) * call.blocks.query_blocks + m0 // BLOCK
-        tiles = call.blocks.key_tiles + row * call.blocks.key_blocks
-        counts = call.blocks.key_counts + row * 2
+        lists, counts = call.blocks.key_tiles, call.blocks.key_counts
+        steps = listed_steps(steps, lists, counts, row, call.blocks.key_blocks)
 
     acc = tl.zeros((BLOCK_M, HEAD_DIM_V), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if SPLIT and (BOUNDS or counts is not None):
-        acc, l_i, m_i = forward_loop(
-            acc,
-            l_i,
-            m_i,
-            q_tile,
-            k_source,
-            v_source,
-            k,
-            v,
-            call,
-            sequence,
-            h,
-            m0,
-            steps,
-            tiles,
-            counts,
-            seed,
-            D,
-            DV,
-            HEAD_DIM,
-            HEAD_DIM_V,
-            BLOCK_M,
-            BLOCK_N,
-            True,
-            False,
-            BOUNDS,
-            DESCRIPTORS,
-            SPECIALIZE,
-        )
     acc, l_i, m_i = forward_loop(
         acc,
         l_i,
@@ -207,8 +172,6 @@ def attention_forward_kernel(
         h,
         m0,
         steps,
-        tiles,
-        counts,
         seed,
         D,
         DV,
@@ -216,9 +179,7 @@ def attention_forward_kernel(
         HEAD_DIM_V,
         BLOCK_M,
         BLOCK_N,
-        False,
-        not SPLIT,
-        BOUNDS and (not SPLIT or counts is not None),
+        BOUNDS,
         DESCRIPTORS,
         SPECIALIZE,
     )

@@ -7,8 +7,8 @@ A tile of pairs is BLOCK_M queries by BLOCK_N keys; the kernel of dk and dv hold
 positions come as a column of ``rows`` (t) and a row of ``columns`` (s), or the other way round, and
 are broadcast where they meet.
 
-Logits are in units of log 2, so that an exponential is ``exp2``. Not where they must be exact to the
-last bits of fp32, since the lse is natural, and converting a large one rounds it.
+Logits are in units of log 2, so that an exponential is ``exp2``. Not where they must be exact to
+the last bits of fp32, since the lse is natural, and converting a large one rounds it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,18 @@ class Sequence(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Tiles that a loop takes, in two parts: some that need masks, and full ones."""
+    """Tiles that a loop takes: ``first`` to ``last``, or those that a block mask lists."""
 
     first: object
-    """Of the tiles, those before and behind the full ones are partial."""
     full_first: object
+    """The first that no bound cuts."""
     full_last: object
     last: object
+    tiles: object
+    """The list: numbers of 128-row tiles, partial ones first."""
+    partial: object
+    """How many are partial, and how many there are."""
+    listed: object
 
 
 # --- programs and sequences ---------------------------------------------------------------------
@@ -201,13 +206,13 @@ def store_rows(
 
 
 @triton.jit
-def split_steps(first_row, last_row, full_first_row, full_last_row, SIZE: tl.constexpr):
-    """Tiles of SIZE rows that cover [first_row, last_row), split at those that are full."""
+def steps_between(first_row, last_row, full_first_row, full_last_row, SIZE: tl.constexpr):
+    """Tiles of SIZE rows that cover [first_row, last_row), and which of them are full."""
     first = first_row // SIZE
     last = tl.where(last_row > first_row, tl.cdiv(last_row, SIZE), first)
     full_first = tl.minimum(tl.maximum(tl.cdiv(full_first_row, SIZE), first), last)
     full_last = tl.maximum(tl.minimum(full_last_row // SIZE, last), full_first)
-    return Steps(first, full_first, full_last, last)
+    return Steps(first, full_first, full_last, last, 0, 0, 0)
 
 
 @triton.jit
@@ -225,7 +230,7 @@ def key_steps(call, sequence, m0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         hi = tl.minimum(hi, m1 + sequence.diagonal + call.right)
         full_hi = tl.maximum(tl.minimum(full_hi, m0 + 1 + sequence.diagonal + call.right), 0)
     hi = tl.where(m0 < sequence.query_length, hi, 0)
-    return split_steps(lo, hi, full_lo, full_hi, BLOCK_N)
+    return steps_between(lo, hi, full_lo, full_hi, BLOCK_N)
 
 
 @triton.jit
@@ -244,7 +249,7 @@ def query_steps(call, sequence, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
         hi = tl.minimum(hi, n1 - sequence.diagonal + call.left)
         full_hi = tl.maximum(tl.minimum(full_hi, n0 + 1 - sequence.diagonal + call.left), 0)
     hi = tl.where(n0 < sequence.key_length, hi, 0)
-    return split_steps(lo, hi, full_lo, full_hi, BLOCK_M)
+    return steps_between(lo, hi, full_lo, full_hi, BLOCK_M)
 
 
 @triton.jit
@@ -259,45 +264,59 @@ def block_head(call, b, h):
 
 
 @triton.jit
-def count_steps(steps, counts, MASKED: tl.constexpr, WHOLE: tl.constexpr, SIZE: tl.constexpr):
-    """How many tiles the loop takes: the partial ones, the full ones or, if WHOLE, all.
+def listed_steps(steps, tiles, counts, row, width):
+    """The same, by the row of a block mask's lists."""
+    partial = tl.load(counts + row * 2)
+    listed = partial + tl.load(counts + row * 2 + 1)
+    return Steps(
+        steps.first,
+        steps.full_first,
+        steps.full_last,
+        steps.last,
+        tiles + row * width,
+        partial,
+        listed,
+    )
 
-    ``counts``: a block mask's numbers of partial and full tiles, or None.
-    """
-    if counts is not None:
-        if MASKED:
-            number = tl.load(counts) * (BLOCK // SIZE)
-        else:
-            number = tl.load(counts + 1) * (BLOCK // SIZE)
-    elif WHOLE:
-        number = steps.last - steps.first
-    elif MASKED:
-        number = steps.last - steps.first - (steps.full_last - steps.full_first)
+
+@triton.jit
+def count_steps(call, steps, SIZE: tl.constexpr):
+    """How many tiles the loop takes."""
+    if call.blocks is not None:
+        number = steps.listed * (BLOCK // SIZE)
     else:
-        number = steps.full_last - steps.full_first
+        number = steps.last - steps.first
     return number
 
 
 @triton.jit
-def step_start(
-    i, steps, tiles, counts, MASKED: tl.constexpr, WHOLE: tl.constexpr, SIZE: tl.constexpr
-):
-    """First row of a loop's tile i, and the number of its 128-row tile of a block mask."""
-    if counts is not None:
-        listed = i // (BLOCK // SIZE)
-        if not MASKED:
-            listed += tl.load(counts)
-        tile = tl.load(tiles + listed)
-        start = tile * BLOCK + i % (BLOCK // SIZE) * SIZE
-    elif WHOLE:
-        start = (steps.first + i) * SIZE
-    elif MASKED:
-        tile = steps.first + i
-        tile = tl.where(tile < steps.full_first, tile, tile + steps.full_last - steps.full_first)
-        start = tile * SIZE
+def step_start(i, call, steps, SIZE: tl.constexpr):
+    """First row of the loop's tile i."""
+    if call.blocks is not None:
+        i = tl.cast(i, tl.int32)
+        start = tl.load(steps.tiles + i // (BLOCK // SIZE)) * BLOCK + i % (BLOCK // SIZE) * SIZE
     else:
-        start = (steps.full_first + i) * SIZE
+        start = (steps.first + i) * SIZE
     return tl.multiple_of(start, SIZE)
+
+
+@triton.jit
+def has_bits(i, call, steps, SIZE: tl.constexpr):
+    """Whether the loop's tile i has bits of a block mask."""
+    if call.blocks is not None:
+        result = i < steps.partial * (BLOCK // SIZE)
+    else:
+        result = False
+    return result
+
+
+@triton.jit
+def is_cut(i, start, call, steps, SIZE: tl.constexpr):
+    """Whether a bound or a block mask hides part of the loop's tile i."""
+    cut = (start < steps.full_first * SIZE) | (start >= steps.full_last * SIZE)
+    if call.blocks is not None:
+        cut = cut | has_bits(i, call, steps, SIZE)
+    return cut
 
 
 # --- which pairs --------------------------------------------------------------------------------
@@ -344,28 +363,8 @@ def shown_keys(call, pointer, keys):
 
 
 @triton.jit
-def both(a, b):
-    """a & b, where a may be None."""
-    if a is None:
-        result = b
-    else:
-        result = a & b
-    return result
-
-
-@triton.jit
-def visible_pairs(
-    call,
-    sequence,
-    mask_pointer,
-    bits_pointer,
-    rows,
-    columns,
-    BOUNDS: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """Which pairs of a tile take part; None if nothing hides any."""
-    visible = None
+def hide(x, absent, call, sequence, h, m0, n0, rows, columns, with_bits, BOUNDS: tl.constexpr):
+    """``x``, with ``absent`` for pairs that a bound or, if ``with_bits``, a block mask hides."""
     if BOUNDS:
         stop = sequence.key_length
         if call.right is not None:
@@ -373,21 +372,24 @@ def visible_pairs(
         visible = columns < stop
         if call.left is not None:
             visible = visible & (columns >= rows + (sequence.diagonal - call.left))
-    if BITS:
+        x = tl.where(visible, x, absent)
+    if call.blocks is not None:
+        row = block_head(call, sequence.b, h) * call.blocks.query_blocks + m0 // BLOCK
+        kind = tl.load(call.blocks.tiles + row * call.blocks.key_blocks + n0 // BLOCK)
+        bits = call.blocks.bits + (kind.to(tl.int64) - 2) * (BLOCK * WORDS)
         words = (rows % BLOCK) * WORDS + (columns % BLOCK) // 32
-        bits = tl.load(bits_pointer + words) >> (columns % 32)
-        visible = both(visible, (bits & 1) != 0)
-    if call.mask.ptr is not None:
-        visible = both(visible, load_pairs(call.mask, mask_pointer, call, rows, columns) != 0)
-    return visible
+        words = tl.load(bits + words, mask=(words >= 0) & with_bits, other=-1)
+        x = tl.where(((words >> (columns % 32)) & 1) != 0, x, absent)
+    return x
 
 
 @triton.jit
-def bits_of(call, b, h, query_block, key_block):
-    """The bits of a partial tile of the block mask."""
-    row = block_head(call, b, h) * call.blocks.query_blocks + query_block
-    tile = tl.load(call.blocks.tiles + row * call.blocks.key_blocks + key_block)
-    return call.blocks.bits + (tile.to(tl.int64) - 2) * (BLOCK * WORDS)
+def shown_pairs(call, pointer, rows, columns):
+    """Which pairs the boolean mask shows, or None."""
+    shown = None
+    if call.mask.ptr is not None:
+        shown = load_pairs(call.mask, pointer, call, rows, columns) != 0
+    return shown
 
 
 @triton.jit
@@ -483,8 +485,8 @@ def slope_of(call, b, h):
 
 
 @triton.jit
-def weights(x, multiplier, lse, visible, call):
-    """P from the logits; ``lse`` (softmax alone) in the logits' unit. 0 where not visible."""
+def weights(x, multiplier, lse, call):
+    """P from the logits; ``lse`` (softmax alone) in the logits' unit."""
     if call.activation == SOFTMAX:
         p = exponential(x * multiplier - lse, call)
     elif call.activation == SIGMOID:
@@ -492,8 +494,6 @@ def weights(x, multiplier, lse, visible, call):
     else:
         # Not a maximum, which would lose a NaN.
         p = tl.where(x * multiplier < 0.0, 0.0, x * multiplier)
-    if visible is not None:
-        p = tl.where(visible, p, 0.0)
     return p
 
 
@@ -511,7 +511,7 @@ def logit_gradient(p, dp, delta, call):
 
 @triton.jit
 def load_lse(lse_ptr, call, index, offs_m, query_length):
-    """The lse of queries in the logits' unit; +inf, which makes weights 0, where there is nothing."""
+    """The lse of queries in the logits' unit; +inf, for weights of 0, where there is nothing."""
     lse = tl.load(lse_ptr + index + offs_m, mask=offs_m < query_length, other=float("-inf"))
     if not call.exact:
         lse = lse * LOG2E

@@ -19,12 +19,10 @@ class Launch(NamedTuple):
     """Keys of a tile."""
     num_warps: int
     num_stages: int
-    SPLIT: bool = True
-    """Two loops, one of them without bounds; else one, with a bound for each row."""
     DESCRIPTORS: bool = False
     """Tiles come through tensor descriptors (TMA) where alignment allows."""
     SPECIALIZE: bool = False
-    """Warps divide into those that load and those that compute (one loop, descriptors)."""
+    """Warps divide into those that load and those that compute (with descriptors alone)."""
     registers: int = 0
     """Of a thread at most; 0: as the assembler likes."""
 
@@ -49,9 +47,7 @@ def launch_for(
 ) -> Launch:
     """The launch for a kernel, from the table's row of the nearest architecture."""
     return LAUNCHES[
-        Choice(
-            _nearest(architecture), kernel, itemsize, _head_class(kernel, head_size), is_plain
-        )
+        Choice(_nearest(architecture), kernel, itemsize, _head_class(kernel, head_size), is_plain)
     ]
 
 
@@ -73,7 +69,7 @@ class _Any(dict):
     def __missing__(self, key):
         if key.kernel == "bias_gradient":
             return Launch(64, 64, 4, 1)
-        return Launch(128, 128 if key.kernel!="key_gradient" else 128, 4, 2, True, True)
+        return Launch(128, 128 if key.kernel != "key_gradient" else 128, 4, 2, True)
 
 
 LAUNCHES = _Any()
