@@ -213,7 +213,7 @@ CALLS = [
 def test_compiles_ahead_of_time_without_spills(target: str) -> None:
     if "triton" not in BACKENDS:
         pytest.skip("add_layer_norm: triton is not installed")
-    reports = compile_in_subprocess(target, CALLS)
+    reports = compile_in_subprocess(target, "add_layer_norm", CALLS)
     # Each call has a forward of its own, and backwards from the sum and from x; the two widest
     # rows are walked over by the same backwards.
     kernels = [r["kernel"] for r in reports]

@@ -532,7 +532,7 @@ _FORMS: list[dict[str, Any]] = [
     {"form": "ancestry", "everything": True, "group": 4, "T": 2},
 ]
 CALLS = [
-    {"op": "decode_attention", "dtype": dtype, **form}
+    {"dtype": dtype, **form}
     for form in _FORMS
     for dtype in ("float32", "bfloat16")
 ]
@@ -543,7 +543,7 @@ CALLS = [
 def test_compiles_ahead_of_time_without_spills(target: str) -> None:
     if "triton" not in FUSED:
         pytest.skip("decode_attention: triton is not installed")
-    reports = compile_in_subprocess(target, CALLS)
+    reports = compile_in_subprocess(target, "decode_attention", CALLS)
     kernels = [r["kernel"] for r in reports]
     assert kernels.count("decode_attention_kernel") == len(CALLS)
     assert "decode_attention_merge_kernel" in kernels

@@ -1,10 +1,10 @@
 """Compiles the launches of a Triton backend for GPUs that are not there, and reads the result.
 
-    python -m tests.triton_tools.ahead_of_time sm_90 < calls.json
+    python -m tests.triton_tools.ahead_of_time sm_90 attention < calls.json
 
 A stand-in driver names the target, and every launch is turned into a compilation, so the
 project's own launchers decide signatures, specialisation and launch parameters. Prints one JSON
-object a compiled kernel: registers, spills, shared memory, wide memory instructions. It must be a
+object a compiled kernel: registers, spills, shared memory, instructions that matter. It must be a
 process without TRITON_INTERPRET, in which the kernels would be interpreted functions.
 """
 
@@ -25,16 +25,19 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
-def compile_in_subprocess(target: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Resource reports of the different kernels that calls launch.
+def compile_in_subprocess(
+    target: str, op: str, calls: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Resource reports of the different kernels that calls of an op launch.
 
     Args:
         target: One of :data:`TARGETS`.
-        calls: Keyword arguments of :func:`_launch`, or with ``op`` of that op's launch.
+        op: One of :data:`LAUNCHERS`.
+        calls: Keyword arguments of the op's launcher.
     """
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.triton_tools.ahead_of_time", target],
+        [sys.executable, "-m", "tests.triton_tools.ahead_of_time", target, op],
         input=json.dumps(calls),
         # A cache hit would skip the assembler, whose log has the registers and spills.
         env={**clean, "TRITON_ALWAYS_COMPILE": "1"},
@@ -64,7 +67,7 @@ class _StandInDriver:
         return 0
 
 
-def _compile(target: str, calls: list[dict[str, Any]]) -> None:
+def _compile(target: str, op: str, calls: list[dict[str, Any]]) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -93,10 +96,7 @@ def _compile(target: str, calls: list[dict[str, Any]]) -> None:
     try:
         for call in calls:
             count = len(reports)
-            launch_call = (
-                _launch_decode_attention if call.get("op") == "decode_attention" else _launch
-            )
-            launch_call(**{name: value for name, value in call.items() if name != "op"})
+            LAUNCHERS[op](**call)
             for report in reports[count:]:
                 report["call"] = call
     finally:
@@ -105,7 +105,7 @@ def _compile(target: str, calls: list[dict[str, Any]]) -> None:
         print(json.dumps(report))
 
 
-def _launch(
+def _launch_add_layer_norm(
     dtype: str,
     width: int,
     rows: int = 4096,
@@ -179,6 +179,77 @@ def _launch_decode_attention(
     )
 
 
+def _launch_attention(
+    dtype: str,
+    head_size: int,
+    features: str = "plain",
+    rows: int = 4096,
+    key_heads: int = 4,
+) -> None:
+    """Forward and backward of ``attention`` on tensors without memory.
+
+    Args:
+        dtype: Of everything in floating point.
+        head_size: D, and Dv.
+        features: ``plain`` is causal; ``masked`` adds lengths, a mask, a bias and ALiBi;
+            ``everything`` adds a window, a block mask, dropout and a softcap.
+        rows: T, and S.
+        key_heads: Hk, of 8 heads.
+    """
+    import torch
+
+    from fused_attn.ops.attention import triton as backend
+    from fused_attn.ops.attention.contract import AttentionInputs
+
+    def empty(*shape: int, kind: torch.dtype = getattr(torch, dtype)) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    B, H, tiles = 2, 8, rows // 128
+    masked = features != "plain"
+    everything = features == "everything"
+    lengths = empty(B, kind=torch.int64) if masked else None
+    lists, counts = empty(1, 1, tiles, tiles, kind=torch.int32), empty(1, 1, tiles, 2)
+    counts = counts.to(torch.int32)
+    inputs = AttentionInputs(
+        query=empty(B, H, rows, head_size),
+        key=empty(B, key_heads, rows, head_size),
+        value=empty(B, key_heads, rows, head_size),
+        mask=empty(B, 1, rows, rows, kind=torch.bool) if masked else None,
+        bias=empty(1, H, rows, rows) if masked else None,
+        alibi_slopes=empty(H, kind=torch.float32) if masked else None,
+        query_lengths=lengths,
+        key_lengths=lengths,
+        query_offsets=None,
+        key_offsets=None,
+        block_mask=(
+            [lists, empty(9, 128, 4, kind=torch.int32), lists, counts, lists, counts]
+            if everything
+            else []
+        ),
+        seed=empty(1, kind=torch.int64) if everything else None,
+        left=500 if everything else -1,
+        right=0,
+        align_lower_right=everything,
+        scale=0.1,
+        softcap=30.0 if everything else 0.0,
+        activation=0,
+        dropout_p=0.1 if everything else 0.0,
+        max_queries=rows,
+        max_keys=rows,
+    )
+    output = empty(B, H, rows, head_size)
+    lse = empty(B, H, rows, kind=torch.float32)
+    backend.forward(inputs)
+    backend.backward(output, lse if everything else None, inputs, output, lse, masked)
+
+
+LAUNCHERS = {
+    "add_layer_norm": _launch_add_layer_norm,
+    "attention": _launch_attention,
+    "decode_attention": _launch_decode_attention,
+}
+
+
 def _report(name: str, compiled: Any, log: str) -> dict[str, Any]:
     def total(pattern: str, text: str) -> int:
         return sum(int(n) for n in re.findall(pattern, text))
@@ -193,6 +264,11 @@ def _report(name: str, compiled: Any, log: str) -> dict[str, Any]:
             "spilled_bytes": total(r"(\d+) bytes spill", log),
             "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
             "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", ptx)),
+            "tensor_core": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)),
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "serialized": "instructions are serialized" in log,
+            "bulk_copies": ptx.count("cp.async.bulk.tensor"),
+            "specialized": "setmaxnreg" in ptx,
         }
     assembly = compiled.asm["amdgcn"]
     return report | {
@@ -200,8 +276,9 @@ def _report(name: str, compiled: Any, log: str) -> dict[str, Any]:
         "spilled_bytes": 4 * total(r"\.vgpr_spill_count:\s*(\d+)", assembly),
         "wide_loads": assembly.count("load_dwordx4"),
         "wide_stores": assembly.count("store_dwordx4"),
+        "tensor_core": assembly.count("v_mfma"),
     }
 
 
 if __name__ == "__main__":
-    _compile(sys.argv[1], json.load(sys.stdin))
+    _compile(sys.argv[1], sys.argv[2], json.load(sys.stdin))

@@ -11,13 +11,13 @@ from .._check import FLOATING
 from .._philox import keep_threshold
 from .._triton import device_guard, target, with_scratch_memory
 from .contract import SOFTMAX, AttentionInputs, empty_rows
-from .triton_launches import Launch, launch_for
+from .triton_launches import HEAVY, MASKED, PLAIN, Launch, launches_for
 
 MAX_HEAD_SIZE = 256
 
 # What tiles of neighbouring programs may read: half of the L2 cache of an H100.
 _SHARED_BYTES = 25 << 20
-# Keys (or queries) from which on a program is long enough to make descriptors first.
+# Rows from which on a program's loop is long enough to make descriptors first.
 _DESCRIPTOR_ROWS = 512
 
 
@@ -137,9 +137,8 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         lse.fill_(float("-inf"))
     if B * H * T == 0 or value.size(-1) == 0:
         return output, lse
-    launch = _launch("forward", inputs)
     tensors = (query, key, value, output)
-    descriptors = launch.DESCRIPTORS and S >= _DESCRIPTOR_ROWS and _can_describe(inputs, tensors)
+    launch = _launch("forward", inputs, S, *tensors)
     tiles = _ceil_div(T, launch.BLOCK_M)
     _run(
         attention_forward_kernel,
@@ -152,8 +151,8 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         B * H,
         _heads_in_cache(inputs, S),
         BOUNDS=_has_key_bounds(inputs, launch.BLOCK_N),
-        DESCRIPTORS=descriptors,
-        SPECIALIZE=launch.SPECIALIZE and descriptors and len(inputs.block_mask) == 0,
+        DESCRIPTORS=launch.DESCRIPTORS,
+        SPECIALIZE=launch.SPECIALIZE and len(inputs.block_mask) == 0,
         REVERSED=_is_triangle(inputs),
         **_head_sizes(inputs),
     )
@@ -200,7 +199,7 @@ def backward(
         "grad_output": _rows(grad_output),
     }
 
-    launch = _launch("query_gradient", inputs)
+    launch = _launch("query_gradient", inputs, S, key, value)
     tiles = _ceil_div(T, launch.BLOCK_M)
     _run(
         attention_query_gradient_kernel,
@@ -222,14 +221,12 @@ def backward(
         BOUNDS=_has_key_bounds(inputs, launch.BLOCK_N),
         # A sixteenth of what rounding does to dX.
         TOLERANCE=torch.finfo(query.dtype).eps / 16 if query.dtype.itemsize == 2 else 0.0,
-        DESCRIPTORS=launch.DESCRIPTORS
-        and S >= _DESCRIPTOR_ROWS
-        and _can_describe(inputs, (key, value)),
+        DESCRIPTORS=launch.DESCRIPTORS,
         REVERSED=triangle,
         **head_sizes,
     )
 
-    launch = _launch("key_gradient", inputs)
+    launch = _launch("key_gradient", inputs, T, query, grad_output)
     tiles = _ceil_div(S, launch.BLOCK_N)
     _run(
         attention_key_gradient_kernel,
@@ -249,9 +246,7 @@ def backward(
         max(_heads_in_cache(inputs, T) // call.heads_per_key, 1),
         # Queries behind a length are read as zeros, and keys there are left out at the end.
         BOUNDS=inputs.left >= 0 or inputs.right >= 0,
-        DESCRIPTORS=launch.DESCRIPTORS
-        and T >= _DESCRIPTOR_ROWS
-        and _can_describe(inputs, (query, grad_output)),
+        DESCRIPTORS=launch.DESCRIPTORS,
         REVERSED=False,
         **head_sizes,
     )
@@ -272,7 +267,7 @@ def _bias_gradient(
 
     from .triton_backward_kernels import attention_bias_gradient_kernel
 
-    launch = _launch("bias_gradient", inputs)
+    launch = _launch("bias_gradient", inputs, 0)
     B, H, T, S = inputs.logical_shape
     t, s = _ceil_div(T, launch.BLOCK_M), _ceil_div(S, launch.BLOCK_N)
     b, h, bias_t, bias_s = (1,) * (4 - grad_bias.dim()) + tuple(grad_bias.shape)
@@ -333,20 +328,25 @@ def _run(kernel: Any, programs: int, launch: Launch, *arguments: Any, **flags: A
             start()
 
 
-def _launch(kernel: str, inputs: AttentionInputs) -> Launch:
-    is_plain = (
-        inputs.mask is None
-        and inputs.bias is None
-        and inputs.alibi_slopes is None
-        and len(inputs.block_mask) == 0
-        and inputs.softcap == 0.0
-        and inputs.activation == SOFTMAX
-        and inputs.dropout_p == 0.0
-    )
+def _launch(kernel: str, inputs: AttentionInputs, length: int, *described: Tensor) -> Launch:
+    """The launch for a call; with descriptors only if these tensors of so many rows allow."""
+    if inputs.dropout_p > 0.0 or inputs.softcap > 0.0 or inputs.activation != SOFTMAX:
+        load = HEAVY
+    elif (
+        inputs.mask is not None
+        or inputs.bias is not None
+        or inputs.alibi_slopes is not None
+        or len(inputs.block_mask) > 0
+    ):
+        load = MASKED
+    else:
+        load = PLAIN
     head_size = max(inputs.query.size(-1), inputs.value.size(-1))
-    return launch_for(
-        target().architecture, kernel, inputs.query.dtype.itemsize, head_size, is_plain
+    launches = launches_for(
+        target().architecture, kernel, inputs.query.dtype.itemsize, head_size, load
     )
+    can_describe = length >= _DESCRIPTOR_ROWS and _can_describe(inputs, described)
+    return next(launch for launch in launches if can_describe or not launch.DESCRIPTORS)
 
 
 def _head_sizes(inputs: AttentionInputs) -> dict[str, int]:
@@ -385,7 +385,7 @@ def _is_triangle(inputs: AttentionInputs) -> bool:
 
 def _can_describe(inputs: AttentionInputs, tensors: tuple[Tensor, ...]) -> bool:
     """Whether tensor descriptors can describe the rows."""
-    if inputs.mask is not None and _stride(inputs.mask, 2) is None:
+    if not tensors or (inputs.mask is not None and _stride(inputs.mask, 2) is None):
         return False  # keys that it hides are read as zeros, one by one
     return all(
         (tensor.stride(-1) == 1 or tensor.size(-1) == 1)
@@ -472,11 +472,11 @@ def _blocks(inputs: AttentionInputs) -> Blocks | None:
     tiles = inputs.block_mask[0]
     b, h, query_blocks, key_blocks = tiles.shape
     return Blocks(
-        *(tensor.contiguous() for tensor in inputs.block_mask),
-        stride_b=h if b > 1 else None,
-        stride_h=1 if h > 1 else None,
-        query_blocks=query_blocks,
-        key_blocks=key_blocks,
+        *(tensor.contiguous() for tensor in inputs.block_mask),  # type: ignore[arg-type]
+        h if b > 1 else None,
+        1 if h > 1 else None,
+        query_blocks,
+        key_blocks,
     )
 
 
