@@ -201,7 +201,9 @@ def _launch_attention(
     from fused_attn.ops.attention import triton as backend
     from fused_attn.ops.attention.contract import AttentionInputs
 
-    def empty(*shape: int, kind: torch.dtype = getattr(torch, dtype)) -> torch.Tensor:
+    floating = getattr(torch, dtype)
+
+    def empty(*shape: int, kind: torch.dtype = floating) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
     B, H, tiles = 2, 8, rows // 128

@@ -469,12 +469,19 @@ def _stride(tensor: Tensor, dimension: int) -> int | None:
 def _blocks(inputs: AttentionInputs) -> Blocks | None:
     if not inputs.block_mask:
         return None
-    tiles = inputs.block_mask[0]
-    b, h, query_blocks, key_blocks = tiles.shape
+    lists = [tensor.contiguous() for tensor in inputs.block_mask]
+    b, h, query_blocks, key_blocks = lists[0].shape
+    stride_b, stride_h = h if b > 1 else None, 1 if h > 1 else None
+    tiles, bits, key_tiles, key_counts, query_tiles, query_counts = lists
     return Blocks(
-        *(tensor.contiguous() for tensor in inputs.block_mask),  # type: ignore[arg-type]
-        h if b > 1 else None,
-        1 if h > 1 else None,
+        tiles,
+        bits,
+        key_tiles,
+        key_counts,
+        query_tiles,
+        query_counts,
+        stride_b,
+        stride_h,
         query_blocks,
         key_blocks,
     )

@@ -218,9 +218,16 @@ def launches_for(
 def _parsed(text: str) -> Launch:
     match = re.fullmatch(r"(\d+)x(\d+) (\d+)w (\d+)s( tma)?( specialize)?(?: (\d+)r)?", text)
     assert match is not None, text
-    numbers = (int(group) for group in match.groups()[:4])
-    tma, specialize, registers = match.groups()[4:]
-    return Launch(*numbers, tma is not None, specialize is not None, int(registers or 0))
+    m, n, warps, stages, tma, specialize, registers = match.groups()
+    return Launch(
+        int(m),
+        int(n),
+        int(warps),
+        int(stages),
+        tma is not None,
+        specialize is not None,
+        int(registers or 0),
+    )
 
 
 def _nearest(architecture: str) -> str:
