@@ -40,7 +40,7 @@ HEAD_SIZES = (64, 128, 256)
 _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ("sm_90", "forward", 2): (
         ("128x128 4w 2s tma specialize | 128x128 8w 2s", "128x64 8w 2s", "128x64 8w 2s"),
-        ("128x128 4w 2s tma specialize | 128x128 8w 2s", "128x64 8w 2s", "128x64 8w 2s"),
+        ("128x128 4w 2s tma specialize | 128x128 8w 2s", "128x64 8w 2s", "128x32 8w 2s"),
         ("64x32 4w 1s", "64x32 8w 1s", "64x16 8w 1s"),
     ),
     ("sm_90", "query_gradient", 2): (
@@ -50,7 +50,7 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ),
     ("sm_90", "key_gradient", 2): (
         ("64x128 8w 2s tma | 64x128 8w 2s", "64x128 8w 2s", "32x64 8w 2s"),
-        ("32x128 8w 2s", "32x64 8w 1s", "16x64 8w 1s"),
+        ("32x128 8w 2s", "32x64 8w 1s", "16x64 8w 2s"),
         ("16x64 8w 1s", "16x64 8w 1s", "16x64 8w 1s"),
     ),
     ("sm_80", "forward", 2): (
