@@ -51,19 +51,19 @@ class Pairs(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """A block mask."""
+    """A block mask, or nothing."""
 
-    tiles: Tensor
-    bits: Tensor
-    key_tiles: Tensor
-    key_counts: Tensor
-    query_tiles: Tensor
-    query_counts: Tensor
-    stride_b: int | None
+    tiles: Tensor | None = None
+    bits: Tensor | None = None
+    key_tiles: Tensor | None = None
+    key_counts: Tensor | None = None
+    query_tiles: Tensor | None = None
+    query_counts: Tensor | None = None
+    stride_b: int | None = None
     """In heads; None: one for all."""
-    stride_h: int | None
-    query_blocks: int
-    key_blocks: int
+    stride_h: int | None = None
+    query_blocks: int | None = None
+    key_blocks: int | None = None
 
 
 class Call(NamedTuple):
@@ -86,7 +86,7 @@ class Call(NamedTuple):
     bias: Pairs
     slopes: Tensor | None
     stride_slopes: int
-    blocks: Blocks | None
+    blocks: Blocks
     scale: float
     fold_scale: Any
     """The scale is positive and comes last: maxima and exponentials may take it along."""
@@ -466,9 +466,9 @@ def _stride(tensor: Tensor, dimension: int) -> int | None:
     return tensor.stride(dimension)
 
 
-def _blocks(inputs: AttentionInputs) -> Blocks | None:
+def _blocks(inputs: AttentionInputs) -> Blocks:
     if not inputs.block_mask:
-        return None
+        return Blocks()
     lists = [tensor.contiguous() for tensor in inputs.block_mask]
     b, h, query_blocks, key_blocks = lists[0].shape
     stride_b, stride_h = h if b > 1 else None, 1 if h > 1 else None

@@ -84,7 +84,7 @@ def query_gradient_loop(
             products, call, bias_pointer, slope, sequence, rows, columns
         )
         p = weights(x, multiplier, lse[:, None], call)
-        if BOUNDS or call.blocks is not None:
+        if BOUNDS or call.blocks.tiles is not None:
             if is_cut(i, n0, call, steps, BLOCK_N):
                 with_bits = has_bits(i, call, steps, BLOCK_N)
                 p = hide(p, 0.0, call, sequence, h, m0, n0, rows, columns, with_bits, BOUNDS)
@@ -186,7 +186,7 @@ def attention_query_gradient_kernel(
         seed = tl.load(call.seed)
 
     steps = key_steps(call, sequence, m0, BLOCK_M, BLOCK_N)
-    if call.blocks is not None:
+    if call.blocks.tiles is not None:
         row = block_head(call, b, h) * call.blocks.query_blocks + m0 // BLOCK
         lists, counts = call.blocks.key_tiles, call.blocks.key_counts
         steps = listed_steps(steps, lists, counts, row, call.blocks.key_blocks)
@@ -296,7 +296,7 @@ def key_gradient_loop(
             products, call, bias_pointer, slope, sequence, rows, columns
         )
         p = weights(x, multiplier, lse[None, :], call)
-        if BOUNDS or call.blocks is not None:
+        if BOUNDS or call.blocks.tiles is not None:
             if is_cut(i, m0, call, steps, BLOCK_M):
                 with_bits = has_bits(i, call, steps, BLOCK_M)
                 p = hide(p, 0.0, call, sequence, h, m0, n0, rows, columns, with_bits, BOUNDS)
@@ -375,7 +375,7 @@ def attention_key_gradient_kernel(
     dv = tl.zeros((BLOCK_N, HEAD_DIM_V), tl.float32)
     for shared in range(0, call.heads_per_key):
         h = key_head * call.heads_per_key + shared
-        if call.blocks is not None:
+        if call.blocks.tiles is not None:
             row = block_head(call, b, h) * call.blocks.key_blocks + n0 // BLOCK
             lists, counts = call.blocks.query_tiles, call.blocks.query_counts
             head_steps = listed_steps(steps, lists, counts, row, call.blocks.query_blocks)
@@ -472,7 +472,7 @@ def attention_bias_gradient_kernel(
         steps = key_steps(call, sequence, m0, BLOCK_M, BLOCK_N)
         taken = (n0 // BLOCK_N >= steps.first) & (n0 // BLOCK_N < steps.last)
         kind = 0
-        if call.blocks is not None:
+        if call.blocks.tiles is not None:
             row = block_head(call, b, h) * call.blocks.query_blocks + m0 // BLOCK
             kind = tl.load(call.blocks.tiles + row * call.blocks.key_blocks + n0 // BLOCK)
             taken = taken & (kind != 0)
@@ -508,7 +508,7 @@ def attention_bias_gradient_kernel(
             slope = slope_of(call, b, h)
             x, multiplier, _ = logits(products, call, bias_pointer, slope, sequence, rows, columns)
             p = weights(x, multiplier, lse[:, None], call)
-            if BOUNDS or call.blocks is not None:
+            if BOUNDS or call.blocks.tiles is not None:
                 p = hide(p, 0.0, call, sequence, h, m0, n0, rows, columns, kind > 1, BOUNDS)
             if call.mask.ptr is not None:
                 p = tl.where(shown_pairs(call, mask_pointer, rows, columns), p, 0.0)

@@ -79,7 +79,7 @@ def forward_loop(
         # Warps cannot divide the work of a loop with a branch: there every tile is cut.
         if SPECIALIZE and BOUNDS:
             x = hide(x, absent, call, sequence, h, m0, n0, rows, columns, False, BOUNDS)
-        elif BOUNDS or call.blocks is not None:
+        elif BOUNDS or call.blocks.tiles is not None:
             if is_cut(i, n0, call, steps, BLOCK_N):
                 with_bits = has_bits(i, call, steps, BLOCK_N)
                 x = hide(x, absent, call, sequence, h, m0, n0, rows, columns, with_bits, BOUNDS)
@@ -150,7 +150,7 @@ def attention_forward_kernel(
         seed = tl.load(call.seed)
 
     steps = key_steps(call, sequence, m0, BLOCK_M, BLOCK_N)
-    if call.blocks is not None:
+    if call.blocks.tiles is not None:
         row = block_head(call, b, h) * call.blocks.query_blocks + m0 // BLOCK
         lists, counts = call.blocks.key_tiles, call.blocks.key_counts
         steps = listed_steps(steps, lists, counts, row, call.blocks.key_blocks)

@@ -282,7 +282,7 @@ def listed_steps(steps, tiles, counts, row, width):
 @triton.jit
 def count_steps(call, steps, SIZE: tl.constexpr):
     """How many tiles the loop takes."""
-    if call.blocks is not None:
+    if call.blocks.tiles is not None:
         number = steps.listed * (BLOCK // SIZE)
     else:
         number = steps.last - steps.first
@@ -292,7 +292,7 @@ def count_steps(call, steps, SIZE: tl.constexpr):
 @triton.jit
 def step_start(i, call, steps, SIZE: tl.constexpr):
     """First row of the loop's tile i."""
-    if call.blocks is not None:
+    if call.blocks.tiles is not None:
         i = tl.cast(i, tl.int32)
         start = tl.load(steps.tiles + i // (BLOCK // SIZE)) * BLOCK + i % (BLOCK // SIZE) * SIZE
     else:
@@ -303,7 +303,7 @@ def step_start(i, call, steps, SIZE: tl.constexpr):
 @triton.jit
 def has_bits(i, call, steps, SIZE: tl.constexpr):
     """Whether the loop's tile i has bits of a block mask."""
-    if call.blocks is not None:
+    if call.blocks.tiles is not None:
         result = i < steps.partial * (BLOCK // SIZE)
     else:
         result = False
@@ -314,7 +314,7 @@ def has_bits(i, call, steps, SIZE: tl.constexpr):
 def is_cut(i, start, call, steps, SIZE: tl.constexpr):
     """Whether a bound or a block mask hides part of the loop's tile i."""
     cut = (start < steps.full_first * SIZE) | (start >= steps.full_last * SIZE)
-    if call.blocks is not None:
+    if call.blocks.tiles is not None:
         cut = cut | has_bits(i, call, steps, SIZE)
     return cut
 
@@ -373,7 +373,7 @@ def hide(x, absent, call, sequence, h, m0, n0, rows, columns, with_bits, BOUNDS:
         if call.left is not None:
             visible = visible & (columns >= rows + (sequence.diagonal - call.left))
         x = tl.where(visible, x, absent)
-    if call.blocks is not None:
+    if call.blocks.tiles is not None:
         row = block_head(call, sequence.b, h) * call.blocks.query_blocks + m0 // BLOCK
         kind = tl.load(call.blocks.tiles + row * call.blocks.key_blocks + n0 // BLOCK)
         bits = call.blocks.bits + (kind.to(tl.int64) - 2) * (BLOCK * WORDS)

@@ -39,17 +39,17 @@ HEAD_SIZES = (64, 128, 256)
 # warps, 2 stages; "255r": registers.
 _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ("sm_90", "forward", 2): (
-        ("128x128 4w 2s tma specialize | 128x128 8w 2s", "128x64 8w 2s", "128x64 8w 2s"),
-        ("128x128 4w 2s tma specialize | 128x128 8w 2s", "128x64 8w 2s", "128x32 8w 2s"),
+        ("128x128 4w 2s tma specialize | 128x128 8w 2s", "128x64 8w 2s", "128x32 8w 1s"),
+        ("128x128 4w 2s tma specialize | 128x128 8w 2s", "128x64 8w 2s", "128x32 8w 1s"),
         ("64x32 4w 1s", "64x32 8w 1s", "64x16 8w 1s"),
     ),
     ("sm_90", "query_gradient", 2): (
-        ("128x64 8w 2s tma | 128x64 8w 2s", "64x64 8w 2s", "64x32 8w 1s"),
+        ("128x64 8w 2s tma | 128x64 8w 2s", "64x64 8w 2s", "64x16 8w 1s"),
         ("128x64 8w 2s tma | 64x64 8w 1s", "64x64 8w 1s", "64x16 4w 1s 255r"),
         ("64x64 8w 1s", "64x32 8w 1s", "64x16 8w 1s"),
     ),
     ("sm_90", "key_gradient", 2): (
-        ("64x128 8w 2s tma | 64x128 8w 2s", "64x128 8w 2s", "32x64 8w 2s"),
+        ("64x128 8w 2s tma | 64x128 8w 2s", "64x128 8w 2s", "16x64 8w 2s"),
         ("32x128 8w 2s", "32x64 8w 1s", "16x64 8w 2s"),
         ("16x64 8w 1s", "16x64 8w 1s", "16x64 8w 1s"),
     ),
@@ -119,7 +119,7 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
     ),
     ("sm_90", "bias_gradient", 4): (
-        ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
+        ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
         ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
         ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
     ),
@@ -144,7 +144,7 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
     ),
     ("sm_80", "bias_gradient", 4): (
-        ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
+        ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
         ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
         ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
     ),
@@ -169,7 +169,7 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
     ),
     ("sm_100", "bias_gradient", 4): (
-        ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
+        ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
         ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
         ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
     ),
