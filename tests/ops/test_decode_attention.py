@@ -531,11 +531,7 @@ _FORMS: list[dict[str, Any]] = [
     {"form": "plain", "everything": True},
     {"form": "ancestry", "everything": True, "group": 4, "T": 2},
 ]
-CALLS = [
-    {"dtype": dtype, **form}
-    for form in _FORMS
-    for dtype in ("float32", "bfloat16")
-]
+CALLS = [{"dtype": dtype, **form} for form in _FORMS for dtype in ("float32", "bfloat16")]
 
 
 @pytest.mark.slow
