@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from .._backend import describe_tensor, resolve
-from . import cpu, reference
+from . import cpu, reference, triton
 from .arguments import OP, attention_inputs
 from .block_mask import BlockMask
 from .contract import attention_fused
@@ -15,7 +15,7 @@ from .nested import renest, unnest
 from .reference import attention_reference
 from .weights import attention_weights
 
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
 
 
 def attention(
