@@ -61,3 +61,31 @@ class Case(abc.ABC):
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
         """Bytes that the forward, or the backward alone, must read and write at least once."""
         return 0
+
+
+# --- arrangements of attention's inputs --------------------------------------------------------
+
+Inputs = dict[str, Any]
+
+
+def heads_last(inputs: Inputs) -> None:
+    """Lay query, key and value out as a projection to ``[B, T, H * D]`` gives them."""
+    for name in ("query", "key", "value"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def columns_first(inputs: Inputs) -> None:
+    """Lay out the columns of query, key and value one after the other."""
+    for name in ("query", "key", "value"):
+        inputs[name] = inputs[name].transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def shared_keys(inputs: Inputs) -> None:
+    """One head of keys and values for all, as in multi-query attention, without copies."""
+    for name in ("key", "value"):
+        inputs[name] = inputs[name][:, :1].expand_as(inputs[name])
+
+
+def large_logits(inputs: Inputs) -> None:
+    """Make the weights of one key nearly 1."""
+    inputs["query"] = inputs["query"] * 64.0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
@@ -62,6 +63,31 @@ def check_rank(op: str, name: str, tensor: Tensor, layout: str) -> None:
     """
     if tensor.dim() != layout.count(",") + 1:
         raise ValueError(f"{op}: {name} must have shape {layout}, got {list(tensor.shape)}")
+
+
+def check_broadcastable(
+    op: str, name: str, tensor: Tensor, layout: str, shape: tuple[int, ...]
+) -> None:
+    """Raise ValueError unless the tensor can be broadcast to ``shape``, which is ``layout``."""
+    sizes = (1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape)
+    if len(sizes) != len(shape) or any(
+        size != 1 and size != full for size, full in zip(sizes, shape, strict=True)
+    ):
+        raise ValueError(
+            f"{op}: {name} must be broadcastable to {layout} = {list(shape)}, got "
+            f"{list(tensor.shape)}"
+        )
+
+
+def check_seed(op: str, seed: Tensor | None, other_name: str, other: Tensor) -> None:
+    """Raise unless the seed of dropout, where there is one, is ``[1]`` int64 beside ``other``."""
+    if seed is None:
+        return
+    check_tensor(op, "seed", seed)
+    check_dtype(op, "seed", seed, (torch.int64,))
+    check_device(op, "seed", seed, other_name, other)
+    if seed.dim() != 1 or seed.size(0) != 1:
+        raise ValueError(f"{op}: seed must have shape [1], got {list(seed.shape)}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fused_attn.ops._cases import columns_first, heads_last
 from fused_attn.ops.attention import cases
 from fused_attn.ops.attention.cases import AttentionCase
 from fused_attn.validation import case_inputs, compare, fused_backends, run_case
@@ -55,7 +56,7 @@ def random_cases(draw: Any) -> tuple[AttentionCase, torch.dtype]:
     if not packed:
         # No large logits: the backward knows them by the fp32 lse, and loses what its last bit is
         # worth, against which the luck of a few elements in the reference is no measure.
-        arrangements += [cases._heads_last, cases._columns_first]
+        arrangements += [heads_last, columns_first]
         arrangements += [cases._nan_behind_lengths] if lengths else []
     options: dict[str, Any] = {
         "D": draw(st.sampled_from([1, 8, 13, 16, 32, 64, 80])),

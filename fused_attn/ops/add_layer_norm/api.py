@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._backend import describe_tensor, resolve
-from .._check import check_device, check_dtype, check_floating, check_same, check_tensor
+from .._check import check_device, check_dtype, check_floating, check_same, check_seed, check_tensor
 from .._philox import draw_seed
 from . import cpu, reference, triton
 from .contract import add_layer_norm_fused
@@ -126,9 +126,4 @@ def _check(
         raise ValueError(f"{_OP}: eps must not be negative, got {eps}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{_OP}: dropout_p must be in [0, 1), got {dropout_p}")
-    if seed is not None:
-        check_tensor(_OP, "seed", seed)
-        check_dtype(_OP, "seed", seed, (torch.int64,))
-        check_device(_OP, "seed", seed, "x", x)
-        if seed.dim() != 1 or seed.size(0) != 1:
-            raise ValueError(f"{_OP}: seed must have shape [1], got {list(seed.shape)}")
+    check_seed(_OP, seed, "x", x)

@@ -7,7 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from .._check import check_device, check_dtype, check_floating, check_rank, check_same, check_tensor
+from .._check import (
+    INTEGERS,
+    check_broadcastable,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_rank,
+    check_same,
+    check_seed,
+    check_tensor,
+)
 from .._philox import draw_seed
 from .block_mask import BlockMask
 from .contract import RELU, SIGMOID, SOFTMAX, AttentionInputs
@@ -15,7 +25,7 @@ from .contract import RELU, SIGMOID, SOFTMAX, AttentionInputs
 OP = "attention"
 _ACTIVATIONS = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "relu": RELU}
 _ALIGNMENTS = ("upper_left", "lower_right")
-_INTEGERS = (torch.int32, torch.int64)
+_PAIRS = "[B, H, T, S]"
 
 
 def window_bounds(is_causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
@@ -95,12 +105,12 @@ def attention_inputs(
         check_tensor(OP, "mask", mask)
         check_dtype(OP, "mask", mask, (torch.bool,))
         check_device(OP, "mask", mask, "query", query)
-        _check_broadcastable("mask", mask, shape)
+        check_broadcastable(OP, "mask", mask, _PAIRS, shape)
     if bias is not None:
         check_tensor(OP, "bias", bias)
         check_dtype(OP, "bias", bias, (query.dtype, torch.float32))
         check_device(OP, "bias", bias, "query", query)
-        _check_broadcastable("bias", bias, shape)
+        check_broadcastable(OP, "bias", bias, _PAIRS, shape)
     if block_mask is not None:
         _check_block_mask(block_mask, shape, query)
     if alibi_slopes is not None:
@@ -115,12 +125,7 @@ def attention_inputs(
         )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{OP}: dropout_p must be in [0, 1), got {dropout_p}")
-    if seed is not None:
-        check_tensor(OP, "seed", seed)
-        check_dtype(OP, "seed", seed, (torch.int64,))
-        check_device(OP, "seed", seed, "query", query)
-        if seed.dim() != 1 or seed.size(0) != 1:
-            raise ValueError(f"{OP}: seed must have shape [1], got {list(seed.shape)}")
+    check_seed(OP, seed, "query", query)
     if dropout_p == 0.0:
         seed = None
     elif seed is None:
@@ -189,7 +194,7 @@ def _divides(part: int, whole: int) -> bool:
 
 def _check_lengths(name: str, lengths: Tensor, B: int, size: int, query: Tensor) -> None:
     check_tensor(OP, name, lengths)
-    check_dtype(OP, name, lengths, _INTEGERS)
+    check_dtype(OP, name, lengths, INTEGERS)
     check_device(OP, name, lengths, "query", query)
     if lengths.dim() != 1 or lengths.size(0) != B:
         raise ValueError(
@@ -206,7 +211,7 @@ def _check_lengths(name: str, lengths: Tensor, B: int, size: int, query: Tensor)
 def _check_offsets(name: str, offsets: Tensor, B: int, rows: Tensor, most: int | None) -> int:
     """The length of the longest sequence, where it is not given."""
     check_tensor(OP, name, offsets)
-    check_dtype(OP, name, offsets, _INTEGERS)
+    check_dtype(OP, name, offsets, INTEGERS)
     check_device(OP, name, offsets, "query", rows)
     if offsets.dim() != 1 or offsets.size(0) != B + 1 or B < 0:
         raise ValueError(
@@ -229,17 +234,6 @@ def _check_offsets(name: str, offsets: Tensor, B: int, rows: Tensor, most: int |
 def _readable(tensor: Tensor) -> bool:
     """Reading the values costs next to nothing, and does not break a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_broadcastable(name: str, tensor: Tensor, shape: tuple[int, int, int, int]) -> None:
-    sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
-    if len(sizes) != 4 or any(
-        size != 1 and size != full for size, full in zip(sizes, shape, strict=True)
-    ):
-        raise ValueError(
-            f"{OP}: {name} must be broadcastable to [B, H, T, S] = {list(shape)}, got "
-            f"{list(tensor.shape)}"
-        )
 
 
 def _check_block_mask(mask: object, shape: tuple[int, int, int, int], query: Tensor) -> None:

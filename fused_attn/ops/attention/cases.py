@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._cases import Case
+from .._cases import Case, Inputs, columns_first, heads_last, large_logits, shared_keys
 from .api import attention
 from .arguments import window_bounds
 from .block_mask import BLOCK, BlockMask
-
-Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,23 +173,6 @@ class AttentionCase(Case):
 # --- arrangements -------------------------------------------------------------------------------
 
 
-def _heads_last(inputs: Inputs) -> None:
-    # As a projection to [B, T, H * D] gives them.
-    for name in ("query", "key", "value"):
-        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _columns_first(inputs: Inputs) -> None:
-    for name in ("query", "key", "value"):
-        inputs[name] = inputs[name].transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def _shared_keys(inputs: Inputs) -> None:
-    # One head of keys and values for all, as in multi-query attention, without copies.
-    for name in ("key", "value"):
-        inputs[name] = inputs[name][:, :1].expand_as(inputs[name])
-
-
 def _expanded_pairs(inputs: Inputs) -> None:
     shape = (*inputs["query"].shape[:3], inputs["key"].size(2))
     for name in ("mask", "bias"):
@@ -201,10 +182,6 @@ def _expanded_pairs(inputs: Inputs) -> None:
 def _transposed_pairs(inputs: Inputs) -> None:
     for name in ("mask", "bias"):
         inputs[name] = inputs[name].transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-def _large_logits(inputs: Inputs) -> None:
-    inputs["query"] = inputs["query"] * 64.0
 
 
 def _nan_behind_lengths(inputs: Inputs) -> None:
@@ -374,7 +351,7 @@ CASES: tuple[AttentionCase, ...] = (
         arrange=_falling_bias,
     ),
     AttentionCase(
-        name="large_logits", kind="edge", B=1, H=2, T=40, S=300, D=32, arrange=_large_logits
+        name="large_logits", kind="edge", B=1, H=2, T=40, S=300, D=32, arrange=large_logits
     ),
     AttentionCase(name="negative_scale", kind="edge", B=1, H=2, T=9, S=21, D=8, scale=-0.7),
     AttentionCase(name="zero_scale", kind="edge", B=1, H=2, T=9, S=21, D=8, scale=0.0),
@@ -484,11 +461,9 @@ CASES: tuple[AttentionCase, ...] = (
         arrange=_transposed_pairs,
     ),
     AttentionCase(
-        name="columns_first", kind="edge", B=2, H=2, T=18, S=35, D=16, arrange=_columns_first
+        name="columns_first", kind="edge", B=2, H=2, T=18, S=35, D=16, arrange=columns_first
     ),
-    AttentionCase(
-        name="shared_keys", kind="edge", B=2, H=4, T=18, S=35, D=16, arrange=_shared_keys
-    ),
+    AttentionCase(name="shared_keys", kind="edge", B=2, H=4, T=18, S=35, D=16, arrange=shared_keys),
     AttentionCase(
         name="everything",
         kind="edge",
@@ -504,7 +479,7 @@ CASES: tuple[AttentionCase, ...] = (
         mask_shape=(2, 1, 45, 61),
         bias_shape=(2, 45, 61),
         scale=0.3,
-        arrange=_heads_last,
+        arrange=heads_last,
     ),
     AttentionCase(
         name="fp32_bias",
@@ -626,7 +601,7 @@ CASES: tuple[AttentionCase, ...] = (
         S=40,
         D=16,
         softcap=30.0,
-        arrange=_large_logits,
+        arrange=large_logits,
     ),
     AttentionCase(
         name="alibi",
@@ -850,7 +825,7 @@ CASES: tuple[AttentionCase, ...] = (
         alibi=True,
         dropout_p=0.25,
         scale=0.3,
-        arrange=_heads_last,
+        arrange=heads_last,
     ),
     # --- typical --------------------------------------------------------------------------------
     AttentionCase(name="encoder", kind="typical", B=2, H=4, T=32, S=32, D=32),
@@ -864,7 +839,7 @@ CASES: tuple[AttentionCase, ...] = (
         D=32,
         query_lengths=(32, 11),
         key_lengths=(32, 11),
-        arrange=_heads_last,
+        arrange=heads_last,
     ),
     AttentionCase(name="decoder", kind="typical", B=2, H=4, T=32, S=32, D=32, is_causal=True),
     AttentionCase(
@@ -876,7 +851,7 @@ CASES: tuple[AttentionCase, ...] = (
         S=48,
         D=32,
         mask_shape=(2, 1, 1, 48),
-        arrange=_heads_last,
+        arrange=heads_last,
     ),
     AttentionCase(
         name="relative_positions",
@@ -899,7 +874,7 @@ CASES: tuple[AttentionCase, ...] = (
         is_causal=True,
         key_lengths=(32, 19),
         dropout_p=0.1,
-        arrange=_heads_last,
+        arrange=heads_last,
     ),
     AttentionCase(
         name="speech_encoder",

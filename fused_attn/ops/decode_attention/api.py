@@ -8,15 +8,22 @@ import torch
 from torch import Tensor
 
 from .._backend import describe_tensor, resolve
-from .._check import check_device, check_dtype, check_floating, check_rank, check_same, check_tensor
+from .._check import (
+    INTEGERS,
+    check_broadcastable,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_rank,
+    check_same,
+    check_tensor,
+)
 from . import cpu, reference, triton
 from .contract import decode_attention_fused
 from .reference import decode_attention_reference
 
 _OP = "decode_attention"
 BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
-
-_INTEGERS = (torch.int32, torch.int64)
 
 
 def decode_attention(
@@ -173,7 +180,7 @@ def _check(
         raise ValueError(f"{_OP}: query must have a multiple of C = {C} rows (from key), got {R}")
     if key_lengths is not None:
         check_tensor(_OP, "key_lengths", key_lengths)
-        check_dtype(_OP, "key_lengths", key_lengths, _INTEGERS)
+        check_dtype(_OP, "key_lengths", key_lengths, INTEGERS)
         check_device(_OP, "key_lengths", key_lengths, "query", query)
         if key_lengths.dim() != 1 or (key_lengths.size(0) != R and key_lengths.size(0) != C):
             raise ValueError(
@@ -184,7 +191,7 @@ def _check(
         check_tensor(_OP, "mask", mask)
         check_dtype(_OP, "mask", mask, (torch.bool,))
         check_device(_OP, "mask", mask, "query", query)
-        _check_mask(mask, (R, H, T, S))
+        check_broadcastable(_OP, "mask", mask, "[R, H, T, S]", (R, H, T, S))
     if alibi_slopes is not None:
         check_tensor(_OP, "alibi_slopes", alibi_slopes)
         wide = (torch.float64,) if query.dtype == torch.float64 else ()
@@ -213,7 +220,7 @@ def _check(
 
 def _check_ancestry(ancestry: Tensor, query: Tensor, C: int, S: int) -> None:
     check_tensor(_OP, "ancestry", ancestry)
-    check_dtype(_OP, "ancestry", ancestry, _INTEGERS)
+    check_dtype(_OP, "ancestry", ancestry, INTEGERS)
     check_device(_OP, "ancestry", ancestry, "query", query)
     R = query.size(0)
     if R != C:
@@ -224,15 +231,4 @@ def _check_ancestry(ancestry: Tensor, query: Tensor, C: int, S: int) -> None:
         raise ValueError(
             f"{_OP}: ancestry must have shape [B, K, S] with B * K = {R} (from query), S = {S} "
             f"(from key), got {list(ancestry.shape)}"
-        )
-
-
-def _check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
-    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if len(sizes) != 4 or any(
-        size != 1 and size != full for size, full in zip(sizes, shape, strict=True)
-    ):
-        raise ValueError(
-            f"{_OP}: mask must be broadcastable to [R, H, T, S] = {list(shape)}, got "
-            f"{list(mask.shape)}"
         )

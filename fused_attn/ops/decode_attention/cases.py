@@ -10,10 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._cases import Case
+from .._cases import Case, Inputs, columns_first, heads_last, large_logits, shared_keys
 from .api import decode_attention
-
-Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,26 +143,6 @@ def search_history(B: int, K: int, S: int) -> Tensor:
 # --- arrangements -------------------------------------------------------------------------------
 
 
-def _heads_last(inputs: Inputs) -> None:
-    # As a projection to [R, S, H * D] gives them.
-    for name in ("query", "key", "value"):
-        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _columns_first(inputs: Inputs) -> None:
-    for name in ("query", "key", "value"):
-        inputs[name] = inputs[name].transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def _shared_keys(inputs: Inputs) -> None:
-    for name in ("key", "value"):
-        inputs[name] = inputs[name][:, :1].expand_as(inputs[name])
-
-
-def _large_logits(inputs: Inputs) -> None:
-    inputs["query"] = inputs["query"] * 64.0
-
-
 def _expanded_mask(inputs: Inputs) -> None:
     shape = (*inputs["query"].shape[:3], inputs["key"].size(2))
     inputs["mask"] = inputs["mask"].expand(shape)
@@ -247,7 +225,7 @@ CASES: tuple[DecodeAttentionCase, ...] = (
     ),
     _case("several_chunks_causal", B=1, H=2, T=7, S=519, D=16, key_lengths=(515,)),
     _case("several_chunks_ancestry", B=1, K=3, H=1, S=300, D=16, has_ancestry=True, dtypes=_FP32),
-    _case("large_logits", B=1, H=2, S=300, D=32, arrange=_large_logits),
+    _case("large_logits", B=1, H=2, S=300, D=32, arrange=large_logits),
     _case("negative_scale", B=2, H=2, S=21, D=8, scale=-0.7),
     _case("lengths_of_queries", B=2, K=2, H=2, S=21, D=16, key_lengths=(21, 3, 0, 8)),
     _case("lengths_of_cache", B=2, K=3, H=2, S=21, D=16, key_lengths=(13, 40)),
@@ -313,8 +291,8 @@ CASES: tuple[DecodeAttentionCase, ...] = (
     _case("mask_of_heads", B=2, H=4, Hk=2, T=3, S=19, D=16, mask_shape=(4, 3, 19)),
     _case("expanded_mask", B=2, K=2, H=2, S=19, D=16, mask_shape=(1, 19), arrange=_expanded_mask),
     _case("small_softcap", B=2, H=2, S=35, D=16, softcap=0.5),
-    _case("columns_first", B=2, H=2, T=2, S=35, D=16, arrange=_columns_first),
-    _case("expanded_heads", B=2, H=4, S=35, D=16, arrange=_shared_keys),
+    _case("columns_first", B=2, H=2, T=2, S=35, D=16, arrange=columns_first),
+    _case("expanded_heads", B=2, H=4, S=35, D=16, arrange=shared_keys),
     _case("many_queries", B=1, K=2, H=4, Hk=1, T=9, S=70, D=32),
     _case(
         "everything",
@@ -333,7 +311,7 @@ CASES: tuple[DecodeAttentionCase, ...] = (
         window=30,
         scale=0.3,
         softcap=5.0,
-        arrange=_heads_last,
+        arrange=heads_last,
     ),
     # --- typical --------------------------------------------------------------------------------
     _case("self_attention", "typical", B=4, H=4, S=40, D=32, key_lengths=(40, 7, 23, 1)),
@@ -348,7 +326,7 @@ CASES: tuple[DecodeAttentionCase, ...] = (
         D=32,
         key_lengths=(48, 17),
         is_causal=False,
-        arrange=_heads_last,
+        arrange=heads_last,
     ),
     _case("beams_with_an_ancestry", "typical", B=2, K=4, H=4, S=24, D=32, has_ancestry=True),
     _case("speculative", "typical", B=2, H=4, T=5, S=40, D=32, key_lengths=(40, 23)),
