@@ -61,7 +61,10 @@ def forward_loop(
     DESCRIPTORS: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):
-    """The online softmax over some key tiles; other activations add up without it."""
+    """The online softmax over some key tiles; other activations add up without it.
+
+    l_i: a row's sum of exponentials, or for other activations 1 if it sees something.
+    """
     rows = m0 + tl.arange(0, BLOCK_M)[:, None]
     b = sequence.b
     bias_pointer = pair_pointer(call.bias, b, h)
@@ -85,22 +88,23 @@ def forward_loop(
                 x = hide(x, absent, call, sequence, h, m0, n0, rows, columns, with_bits, BOUNDS)
         if call.mask.ptr is not None:
             x = tl.where(shown_pairs(call, mask_pointer, rows, columns), x, absent)
-        m_new = tl.maximum(m_i, tl.max(x, 1) * multiplier)
         if call.activation == SOFTMAX:
-            # A row that has seen nothing yet is shifted by 0.
+            m_new = tl.maximum(m_i, tl.max(x, 1) * multiplier)
+            # A row that has seen nothing yet, or only NaN, is shifted by 0.
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = weights(x, multiplier, shift[:, None], call)
             alpha = exponential(m_i - shift, call)
             l_i = l_i * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None]
+            m_i = m_new
         else:
             p = weights(x, multiplier, None, call)
+            l_i = tl.maximum(l_i, tl.max((x != absent).to(tl.float32), 1))
         if call.seed is not None:
             keep = keep_pairs(call, seed, b, h, m0, n0, BLOCK_M, BLOCK_N, False)
             p = tl.where(keep, p, 0.0)
         v_tile = load_rows(v_source, v, n0, length, shown, DV, BLOCK_N, HEAD_DIM_V, DESCRIPTORS)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
-        m_i = m_new
     return acc, l_i, m_i
 
 
@@ -185,7 +189,8 @@ def attention_forward_kernel(
     )
 
     offs_m = m0 + tl.arange(0, BLOCK_M)
-    empty = (m_i == float("-inf")) | (offs_m >= query_length)
+    # Not by m_i, where a maximum has lost a NaN.
+    empty = (l_i == 0.0) | (offs_m >= query_length)
     factor = call.keep_scale
     lse = tl.zeros((BLOCK_M,), tl.float32)
     if call.activation == SOFTMAX:
