@@ -13,6 +13,16 @@ import torch
 from torch import Tensor
 
 
+def ceil_div(n: int, divisor: int) -> int:
+    """n / divisor, rounded up."""
+    return -(-n // divisor)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def device_guard(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's GPU the current one, where Triton launches on the current stream."""
     if tensor.is_cuda:

@@ -11,8 +11,10 @@ from .._check import FLOATING
 from .._philox import keep_threshold
 from .._triton import (
     StridedRows,
+    ceil_div,
     device_guard,
     multiprocessor_count,
+    next_power_of_2,
     strided_rows,
     target,
 )
@@ -61,7 +63,7 @@ def tiling(width: int, dropout_p: float, is_backward: bool) -> Tiling:
     is_odd = width % 4 != 0
     draws_alone = dropout_p > 0.0 and is_odd
     share = 2 if is_backward or draws_alone else 1
-    block_n = min(max(_next_power_of_2(width), 16), _MAX_BLOCK // share)
+    block_n = min(max(next_power_of_2(width), 16), _MAX_BLOCK // share)
     block_m = max(_MIN_TILE // share // block_n, 1)
     per_thread = _ELEMENTS_PER_THREAD // 2 if draws_alone else _ELEMENTS_PER_THREAD
     num_warps = min(block_m * block_n // (per_thread * target().warp_size), _MAX_WARPS)
@@ -109,7 +111,7 @@ def forward(
     residual, residual_layout = _optional_rows(residual)
     tile = tiling(width, dropout_p, is_backward=False)
     with device_guard(x):
-        add_layer_norm_forward_kernel[(_ceil_div(num_rows, tile.BLOCK_M),)](
+        add_layer_norm_forward_kernel[(ceil_div(num_rows, tile.BLOCK_M),)](
             x,
             residual,
             _contiguous(weight),
@@ -173,7 +175,7 @@ def backward(
 
     tile = tiling(width, dropout_p, is_backward=True)
     programs = min(
-        _ceil_div(num_rows, tile.BLOCK_M), _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x)
+        ceil_div(num_rows, tile.BLOCK_M), _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x)
     )
     partial = x.new_empty((2, programs, parameters), dtype=torch.float32)
     grad_output, grad_output_layout = strided_rows(grad_output)
@@ -219,8 +221,8 @@ def backward(
             **target().register_options(tile.registers),
         )
         if need_grad_parameters:
-            block_n = max(_REDUCE_MIN_COLUMNS, _next_power_of_2(width) // _REDUCE_TILES)
-            add_layer_norm_reduce_kernel[(_ceil_div(width, block_n), 2)](
+            block_n = max(_REDUCE_MIN_COLUMNS, next_power_of_2(width) // _REDUCE_TILES)
+            add_layer_norm_reduce_kernel[(ceil_div(width, block_n), 2)](
                 partial,
                 grad_weight,
                 grad_bias,
@@ -243,11 +245,3 @@ def _one_stride(*layouts: StridedRows | None) -> bool:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return (a + b - 1) // b

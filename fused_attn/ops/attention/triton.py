@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._check import FLOATING
 from .._philox import keep_threshold
-from .._triton import device_guard, target, with_scratch_memory
+from .._triton import ceil_div, device_guard, next_power_of_2, target, with_scratch_memory
 from .contract import SOFTMAX, AttentionInputs, empty_rows
 from .triton_launches import HEAVY, MASKED, PLAIN, Launch, launches_for
 
@@ -139,7 +139,7 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         return output, lse
     tensors = (query, key, value, output)
     launch = _launch("forward", inputs, S, *tensors)
-    tiles = _ceil_div(T, launch.BLOCK_M)
+    tiles = ceil_div(T, launch.BLOCK_M)
     _run(
         attention_forward_kernel,
         B * H * tiles,
@@ -200,7 +200,7 @@ def backward(
     }
 
     launch = _launch("query_gradient", inputs, S, key, value)
-    tiles = _ceil_div(T, launch.BLOCK_M)
+    tiles = ceil_div(T, launch.BLOCK_M)
     _run(
         attention_query_gradient_kernel,
         B * H * tiles,
@@ -227,7 +227,7 @@ def backward(
     )
 
     launch = _launch("key_gradient", inputs, T, query, grad_output)
-    tiles = _ceil_div(S, launch.BLOCK_N)
+    tiles = ceil_div(S, launch.BLOCK_N)
     _run(
         attention_key_gradient_kernel,
         B * key.size(1) * tiles,
@@ -269,7 +269,7 @@ def _bias_gradient(
 
     launch = _launch("bias_gradient", inputs, 0)
     B, H, T, S = inputs.logical_shape
-    t, s = _ceil_div(T, launch.BLOCK_M), _ceil_div(S, launch.BLOCK_N)
+    t, s = ceil_div(T, launch.BLOCK_M), ceil_div(S, launch.BLOCK_N)
     b, h, bias_t, bias_s = (1,) * (4 - grad_bias.dim()) + tuple(grad_bias.shape)
     by_row, by_column = bias_t == T, bias_s == S
     sizes = BiasSizes(
@@ -354,8 +354,8 @@ def _head_sizes(inputs: AttentionInputs) -> dict[str, int]:
     return {
         "D": D,
         "DV": DV,
-        "HEAD_DIM": max(_next_power_of_2(D), 16),
-        "HEAD_DIM_V": max(_next_power_of_2(DV), 16),
+        "HEAD_DIM": max(next_power_of_2(D), 16),
+        "HEAD_DIM_V": max(next_power_of_2(DV), 16),
     }
 
 
@@ -493,11 +493,3 @@ def _dtype(tensor: Tensor | None) -> torch.dtype | None:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return (a + b - 1) // b

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._check import FLOATING
-from .._triton import device_guard, multiprocessor_count, target
+from .._triton import ceil_div, device_guard, multiprocessor_count, next_power_of_2, target
 
 MAX_HEAD_SIZE = 256
 
@@ -59,15 +59,15 @@ def forward(
     beams = R // C if ancestry is None else ancestry.size(1)
     num_queries = (beams if ancestry is None else 1) * (H // Hk) * T
     # Matrix products take at least 16 rows.
-    block_m = 1 if num_queries == 1 else min(max(16, _next_power_of_2(num_queries)), _MAX_BLOCK)
-    block_d, block_dv = max(16, _next_power_of_2(D)), max(16, _next_power_of_2(Dv))
+    block_m = 1 if num_queries == 1 else min(max(16, next_power_of_2(num_queries)), _MAX_BLOCK)
+    block_d, block_dv = max(16, next_power_of_2(D)), max(16, next_power_of_2(Dv))
     # Products of fp32 run on the plain units, whose operands take registers.
     is_wide_product = block_m > 1 and query.dtype == torch.float32
     if is_wide_product:
         block_m = 16
     elements = _TILE_ELEMENTS // 2 if is_wide_product else _TILE_ELEMENTS
     block_n = min(max(elements // max(block_d, block_dv), 16), 64)
-    blocks = _ceil_div(num_queries, block_m)
+    blocks = ceil_div(num_queries, block_m)
     splits, keys_per_split = _split(S, C * Hk * blocks, block_n, multiprocessor_count(query))
     if splits > 1:
         partial = query.new_empty((splits, R, H, T, Dv), dtype=torch.float32)
@@ -129,7 +129,7 @@ def forward(
                 R * H * T,
                 splits,
                 VALUE_DIM=Dv,
-                BLOCK_S=_next_power_of_2(splits),
+                BLOCK_S=next_power_of_2(splits),
                 BLOCK_DV=block_dv,
                 num_warps=4,
             )
@@ -138,10 +138,10 @@ def forward(
 
 def _split(keys: int, programs: int, block_n: int, multiprocessors: int) -> tuple[int, int]:
     """How many splits fill the GPU, and the keys of each: whole tiles, and no split without any."""
-    wanted = _ceil_div(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs)
+    wanted = ceil_div(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs)
     splits = max(1, min(wanted, keys // _MIN_SPLIT, _MAX_SPLITS))
-    keys_per_split = _ceil_div(_ceil_div(max(keys, 1), splits), block_n) * block_n
-    return _ceil_div(max(keys, 1), keys_per_split), keys_per_split
+    keys_per_split = ceil_div(ceil_div(max(keys, 1), splits), block_n) * block_n
+    return ceil_div(max(keys, 1), keys_per_split), keys_per_split
 
 
 def _contiguous_columns(tensor: Tensor) -> Tensor:
@@ -154,11 +154,3 @@ def _broadcast_strides(mask: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0, 0)
     own = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
     return (0,) * (4 - len(own)) + tuple(own)
-
-
-def _ceil_div(n: int, divisor: int) -> int:
-    return -(-n // divisor)
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
