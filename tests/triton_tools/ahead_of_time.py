@@ -185,6 +185,7 @@ def _launch_attention(
     features: str = "plain",
     rows: int = 4096,
     key_heads: int = 4,
+    forward_launch: str | None = None,
 ) -> None:
     """Forward and backward of ``attention`` on tensors without memory.
 
@@ -195,10 +196,12 @@ def _launch_attention(
             ``everything`` adds a window, a block mask, dropout and a softcap.
         rows: T, and S.
         key_heads: Hk, of 8 heads.
+        forward_launch: Run the forward alone, as this entry of the table says.
     """
     import torch
 
     from fused_attn.ops.attention import triton as backend
+    from fused_attn.ops.attention import triton_launches
     from fused_attn.ops.attention.contract import AttentionInputs
 
     floating = getattr(torch, dtype)
@@ -241,6 +244,14 @@ def _launch_attention(
     )
     output = empty(B, H, rows, head_size)
     lse = empty(B, H, rows, kind=torch.float32)
+    if forward_launch is not None:
+        launch = triton_launches._parsed(forward_launch)
+        backend.launches_for = lambda *_: (launch,)
+        try:
+            backend.forward(inputs)
+        finally:
+            backend.launches_for = triton_launches.launches_for
+        return
     backend.forward(inputs)
     backend.backward(output, lse if everything else None, inputs, output, lse, masked)
 

@@ -1,8 +1,10 @@
 """How large the tiles of the Triton kernels are, and how they run, for each architecture.
 
 Chosen by compiling ahead of time: as large as they can be without spilled registers and within
-shared memory. Not measured: no entry has run on a GPU. ``python -m benchmarks.tune_attention``
-measures candidates on one and prints its rows of the table anew.
+shared memory. Not measured: no entry has run on a GPU. None divides the work among warps
+(``specialize``), which compiles, until a GPU has shown what it gives.
+``python -m benchmarks.tune_attention`` measures candidates on one and prints its rows of the table
+anew.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ HEAD_SIZES = (64, 128, 256)
 # warps, 2 stages; "255r": registers.
 _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ("sm_90", "forward", 2): (
-        ("128x128 4w 2s tma specialize | 128x128 8w 2s", "128x64 8w 2s", "128x32 8w 1s"),
-        ("128x128 4w 2s tma specialize | 128x128 8w 2s", "128x64 8w 2s", "128x32 8w 1s"),
+        ("128x128 8w 2s tma | 128x128 8w 2s", "128x64 8w 2s", "128x32 8w 1s"),
+        ("128x128 8w 2s tma | 128x128 8w 2s", "128x64 8w 2s", "128x32 8w 1s"),
         ("64x32 4w 1s", "64x32 8w 1s", "64x16 8w 1s"),
     ),
     ("sm_90", "query_gradient", 2): (
