@@ -41,8 +41,8 @@ def attention_weights(inputs: AttentionInputs, lse: Tensor, mean: bool) -> Tenso
             shift = lse[:, h : h + 1, :, None].detach()
             weights = torch.exp(logits - shift.masked_fill(shift == -math.inf, 0.0))
             # 1 but for the rounding of the lse; and what the gradient of the lse would be for.
-            total = weights.sum(dim=-1, keepdim=True)
-            weights = weights / total.masked_fill(total == 0.0, 1.0)
+            row_sum = weights.sum(dim=-1, keepdim=True)
+            weights = weights / row_sum.masked_fill(row_sum == 0.0, 1.0)
         else:
             weights = activated(logits, inputs.activation)
         if mean:
