@@ -19,8 +19,12 @@ from fused_attn.validation.tolerance import compare
 
 
 def make_twins(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """``torch.nn``'s module and ours, with random parameters loaded strictly from each other."""
-    with warnings.catch_warnings():
+    """``torch.nn``'s module and ours, with random parameters loaded strictly from each other.
+
+    The parameters are the same in whatever order tests run.
+    """
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
         # torch.nn.TransformerEncoder says when its nested tensors are out of reach.
         warnings.filterwarnings("ignore", message="enable_nested_tensor is True")
         theirs = getattr(nn, name)(*args, **kwargs)
