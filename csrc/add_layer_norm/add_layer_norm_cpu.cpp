@@ -62,11 +62,6 @@ Tensor parameter(const std::optional<Tensor>& given, float otherwise, const Tens
   return otherwise == 0.0f ? at::zeros({x.size(-1)}, options) : at::ones({x.size(-1)}, options);
 }
 
-// `keep_threshold` in fused_attn/ops/_philox.py.
-uint32_t keep_threshold(double dropout_p) {
-  return static_cast<uint32_t>(std::min(dropout_p * 4294967296.0, 4294967295.0));
-}
-
 uint64_t seed_of(const std::optional<Tensor>& seed, double dropout_p) {
   if (dropout_p == 0.0) return 0;
   TORCH_CHECK(seed.has_value(), "add_layer_norm: dropout needs a seed");

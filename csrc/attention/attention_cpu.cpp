@@ -70,11 +70,6 @@ PairTensor pair_strides(const Tensor& tensor) {
   return {nullptr, DType::kFloat32, strides[0], strides[1], strides[2], strides[3]};
 }
 
-// `keep_threshold` in fused_attn/ops/_philox.py.
-uint32_t keep_threshold(double dropout_p) {
-  return static_cast<uint32_t>(std::min(dropout_p * 4294967296.0, 4294967295.0));
-}
-
 int64_t integer_at(const Tensor& tensor, int64_t i) {
   const int64_t at = i * tensor.stride(0);
   return tensor.scalar_type() == at::kInt ? tensor.const_data_ptr<int32_t>()[at]

@@ -1,7 +1,9 @@
-// Helpers of the CPU bindings: from torch's dtypes to the kernels' own.
+// Helpers of the CPU bindings: from torch's arguments to the kernels' own.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+
+#include <algorithm>
 
 #include "common/dtype.h"
 
@@ -18,6 +20,11 @@ inline DType kernel_dtype(at::ScalarType dtype) {
     default:
       TORCH_CHECK(false, "fused_attn: no CPU kernel for dtype ", dtype);
   }
+}
+
+// A weight is kept when its random word is at least this: `keep_threshold` in _philox.py.
+inline uint32_t keep_threshold(double dropout_p) {
+  return static_cast<uint32_t>(std::min(dropout_p * 4294967296.0, 4294967295.0));
 }
 
 }  // namespace fused_attn

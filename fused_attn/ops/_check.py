@@ -13,6 +13,8 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
+MAX_HEAD_SIZE = 256
+"""Of the fused attention kernels."""
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
@@ -88,6 +90,18 @@ def check_seed(op: str, seed: Tensor | None, other_name: str, other: Tensor) -> 
     check_device(op, "seed", seed, other_name, other)
     if seed.dim() != 1 or seed.size(0) != 1:
         raise ValueError(f"{op}: seed must have shape [1], got {list(seed.shape)}")
+
+
+def head_reasons(query: Tensor, value: Tensor) -> list[str]:
+    """Why the fused attention kernels cannot take these heads; empty if they can."""
+    reasons = []
+    if query.dtype not in FLOATING:
+        reasons.append(f"dtype {query.dtype}: float32, float16 or bfloat16 only")
+    if query.size(-1) > MAX_HEAD_SIZE:
+        reasons.append(f"head size {query.size(-1)} > {MAX_HEAD_SIZE}")
+    if value.size(-1) > MAX_HEAD_SIZE:
+        reasons.append(f"head size {value.size(-1)} of value > {MAX_HEAD_SIZE}")
+    return reasons
 
 
 def _name(dtype: torch.dtype) -> str:

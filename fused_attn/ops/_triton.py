@@ -23,6 +23,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, copied if it is not contiguous."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def device_guard(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's GPU the current one, where Triton launches on the current stream."""
     if tensor.is_cuda:

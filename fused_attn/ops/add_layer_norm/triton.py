@@ -12,6 +12,7 @@ from .._philox import keep_threshold
 from .._triton import (
     StridedRows,
     ceil_div,
+    contiguous,
     device_guard,
     multiprocessor_count,
     next_power_of_2,
@@ -114,8 +115,8 @@ def forward(
         add_layer_norm_forward_kernel[(ceil_div(num_rows, tile.BLOCK_M),)](
             x,
             residual,
-            _contiguous(weight),
-            _contiguous(bias),
+            contiguous(weight),
+            contiguous(bias),
             seed,
             output,
             total,
@@ -190,7 +191,7 @@ def backward(
             residual,
             mean.contiguous(),
             rstd.contiguous(),
-            _contiguous(weight),
+            contiguous(weight),
             seed,
             grad_x,
             grad_residual,
@@ -241,7 +242,3 @@ def _optional_rows(tensor: Tensor | None) -> tuple[Tensor | None, StridedRows | 
 
 def _one_stride(*layouts: StridedRows | None) -> bool:
     return all(layout is None or layout.has_one_stride for layout in layouts)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()

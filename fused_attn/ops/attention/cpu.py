@@ -5,23 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._check import FLOATING
+from .._check import head_reasons
 from .contract import AttentionInputs
-
-MAX_HEAD_SIZE = 256
 
 
 def unsupported_reasons(inputs: AttentionInputs) -> list[str]:
     """Why this backend cannot run the call; empty if it can."""
-    query, value = inputs.query, inputs.value
-    reasons = []
-    if query.dtype not in FLOATING:
-        reasons.append(f"dtype {query.dtype}: float32, float16 or bfloat16 only")
-    if query.size(-1) > MAX_HEAD_SIZE:
-        reasons.append(f"head size {query.size(-1)} > {MAX_HEAD_SIZE}")
-    if value.size(-1) > MAX_HEAD_SIZE:
-        reasons.append(f"head size {value.size(-1)} of value > {MAX_HEAD_SIZE}")
-    return reasons
+    return head_reasons(inputs.query, inputs.value)
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._check import FLOATING
+from .._check import head_reasons
 from .._philox import keep_threshold
-from .._triton import ceil_div, device_guard, next_power_of_2, target, with_scratch_memory
+from .._triton import (
+    ceil_div,
+    contiguous,
+    device_guard,
+    next_power_of_2,
+    target,
+    with_scratch_memory,
+)
 from .contract import SOFTMAX, AttentionInputs, empty_rows
 from .triton_launches import HEAVY, MASKED, PLAIN, Launch, launches_for
-
-MAX_HEAD_SIZE = 256
 
 # What tiles of neighbouring programs may read: half of the L2 cache of an H100.
 _SHARED_BYTES = 25 << 20
@@ -112,15 +117,7 @@ class BiasSizes(NamedTuple):
 
 def unsupported_reasons(inputs: AttentionInputs) -> list[str]:
     """Why this backend cannot run the call; empty if it can."""
-    query, value = inputs.query, inputs.value
-    reasons = []
-    if query.dtype not in FLOATING:
-        reasons.append(f"dtype {query.dtype}: float32, float16 or bfloat16 only")
-    if query.size(-1) > MAX_HEAD_SIZE:
-        reasons.append(f"head size {query.size(-1)} > {MAX_HEAD_SIZE}")
-    if value.size(-1) > MAX_HEAD_SIZE:
-        reasons.append(f"head size {value.size(-1)} of value > {MAX_HEAD_SIZE}")
-    return reasons
+    return head_reasons(inputs.query, inputs.value)
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -421,16 +418,16 @@ def _call(inputs: AttentionInputs) -> Call:
         S,
         inputs.query.size(2),
         H // inputs.key.size(1),
-        _contiguous(inputs.query_lengths),
-        _contiguous(inputs.key_lengths),
-        _contiguous(inputs.query_offsets),
-        _contiguous(inputs.key_offsets),
+        contiguous(inputs.query_lengths),
+        contiguous(inputs.key_lengths),
+        contiguous(inputs.query_offsets),
+        contiguous(inputs.key_offsets),
         min(inputs.left, most) if inputs.left >= 0 else None,
         min(inputs.right, most) if inputs.right >= 0 else None,
         constexpr(inputs.align_lower_right),
         _pairs(None if inputs.mask is None else inputs.mask.view(torch.uint8)),
         _pairs(inputs.bias),
-        _contiguous(slopes),
+        contiguous(slopes),
         H if slopes is not None and slopes.dim() == 2 else 0,
         _blocks(inputs),
         inputs.scale,
@@ -489,7 +486,3 @@ def _blocks(inputs: AttentionInputs) -> Blocks:
 
 def _dtype(tensor: Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()

@@ -82,7 +82,7 @@ def decode_attention(
         scale: Multiplies the logits. Default ``1 / sqrt(D)``.
         softcap: Bounds the logits, above 0. Default: no bound.
         return_lse: Return the log-sum-exp of each row's logits as well.
-        backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; default: the first that can.
+        backend: ``cpu``, ``triton`` or ``reference``; default: the first that can.
 
     Returns:
         ``[R, H, T, Dv]`` in ``query.dtype``; with ``return_lse`` also ``[R, H, T]`` fp32,

@@ -7,6 +7,7 @@ attend to has output 0 and lse -inf.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,54 +20,16 @@ _LIBRARY.define(
 )
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    ancestry: Tensor | None,
-    mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    is_causal: bool,
-    window: int,
-    scale: float,
-    softcap: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    module = importlib.import_module(f"{__package__}.{backend}")
-    return module.forward(
-        query,
-        key,
-        value,
-        key_lengths,
-        ancestry,
-        mask,
-        alibi_slopes,
-        is_causal,
-        window,
-        scale,
-        softcap,
-    )
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, backend = arguments
+    return importlib.import_module(f"{__package__}.{backend}").forward(*inputs)
 
 
 _LIBRARY.impl("decode_attention", _forward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fused_attn::decode_attention", lib=_LIBRARY)
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    ancestry: Tensor | None,
-    mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    is_causal: bool,
-    window: int,
-    scale: float,
-    softcap: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return (
         query.new_empty((*query.shape[:-1], value.shape[-1])),
         query.new_empty(query.shape[:-1], dtype=torch.float32),

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._check import FLOATING
+from .._check import head_reasons
 from .._triton import ceil_div, device_guard, multiprocessor_count, next_power_of_2, target
-
-MAX_HEAD_SIZE = 256
 
 # Queries of a tile at most.
 _MAX_BLOCK = 32
@@ -23,14 +21,7 @@ _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 def unsupported_reasons(query: Tensor, value: Tensor) -> list[str]:
     """Why this backend cannot run the call; empty if it can."""
-    reasons = []
-    if query.dtype not in FLOATING:
-        reasons.append(f"dtype {query.dtype}: float32, float16 or bfloat16 only")
-    if query.size(-1) > MAX_HEAD_SIZE:
-        reasons.append(f"head size {query.size(-1)} > {MAX_HEAD_SIZE}")
-    if value.size(-1) > MAX_HEAD_SIZE:
-        reasons.append(f"head size {value.size(-1)} of value > {MAX_HEAD_SIZE}")
-    return reasons
+    return head_reasons(query, value)
 
 
 def forward(
