@@ -6,17 +6,9 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/strided_rows.h"
 
 namespace fused_attn {
-
-// Rows of T [rows, width], each contiguous: row r begins at element
-// (r / inner) * outer_stride + (r % inner) * inner_stride.
-struct StridedRows {
-  const void* data;
-  int64_t inner;
-  int64_t outer_stride;
-  int64_t inner_stride;
-};
 
 struct AddLayerNormForward {
   StridedRows x;

@@ -21,51 +21,10 @@ constexpr int64_t kGrain = 16384;
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kMinChunkRows = 16;
 
-// The rows of a tensor, without a copy when each is contiguous and two strides describe them.
-// `keep_alive` owns what the result points to.
-StridedRows strided_rows(const Tensor& tensor, Tensor& keep_alive) {
-  const int64_t last = tensor.dim() - 1;
-  int64_t sizes[2] = {1, 1};  // inner, outer
-  int64_t strides[2] = {0, 0};
-  int levels = 0;
-  bool fits = tensor.size(last) == 1 || tensor.stride(last) == 1;
-  for (int64_t d = last - 1; d >= 0 && fits; --d) {
-    const int64_t size = tensor.size(d);
-    const int64_t stride = tensor.stride(d);
-    if (size == 1) continue;
-    if (levels > 0 && stride == strides[levels - 1] * sizes[levels - 1]) {
-      sizes[levels - 1] *= size;
-    } else if (levels < 2) {
-      sizes[levels] = size;
-      strides[levels] = stride;
-      ++levels;
-    } else {
-      fits = false;
-    }
-  }
-  if (!fits) {
-    keep_alive = tensor.contiguous();
-    return {keep_alive.const_data_ptr(), std::numeric_limits<int64_t>::max(), 0, tensor.size(last)};
-  }
-  keep_alive = tensor;
-  return {tensor.const_data_ptr(), levels == 2 ? sizes[0] : std::numeric_limits<int64_t>::max(),
-          strides[1], strides[0]};
-}
-
-StridedRows strided_rows(const std::optional<Tensor>& tensor, Tensor& keep_alive) {
-  return tensor ? strided_rows(*tensor, keep_alive) : StridedRows{};
-}
-
 Tensor parameter(const std::optional<Tensor>& given, float otherwise, const Tensor& x) {
   if (given) return given->to(at::kFloat).contiguous();
   const auto options = x.options().dtype(at::kFloat);
   return otherwise == 0.0f ? at::zeros({x.size(-1)}, options) : at::ones({x.size(-1)}, options);
-}
-
-uint64_t seed_of(const std::optional<Tensor>& seed, double dropout_p) {
-  if (dropout_p == 0.0) return 0;
-  TORCH_CHECK(seed.has_value(), "add_layer_norm: dropout needs a seed");
-  return static_cast<uint64_t>(seed->item<int64_t>());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_cpu(
@@ -97,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_cpu(
   p.eps = static_cast<float>(eps);
   p.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
   p.keep_threshold = keep_threshold(dropout_p);
-  p.seed = seed_of(seed, dropout_p);
+  p.seed = dropout_seed("add_layer_norm", seed, dropout_p);
   p.dtype = kernel_dtype(x.scalar_type());
 
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1));
@@ -149,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
   p.chunk_rows = chunk_rows;
   p.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
   p.keep_threshold = keep_threshold(dropout_p);
-  p.seed = seed_of(seed, dropout_p);
+  p.seed = dropout_seed("add_layer_norm", seed, dropout_p);
   p.dtype = kernel_dtype(x.scalar_type());
 
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(width * chunk_rows, 1));

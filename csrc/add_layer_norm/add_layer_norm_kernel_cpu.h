@@ -5,94 +5,11 @@
 #pragma once
 
 #include "add_layer_norm/add_layer_norm.h"
-#include "common/philox.h"
+#include "common/rows.h"
 #include "common/scratch.h"
-#include "common/vec.h"
 
 namespace fused_attn {
 namespace FUSED_ATTN_ISA {
-
-// --- loops over the vectors of a row --------------------------------------------------------
-
-using FullVec = std::integral_constant<int64_t, kVec>;
-
-template <typename T>
-FUSED_ATTN_INLINE Vec load_lanes(const T* p, FullVec) {
-  return load(p);
-}
-
-template <typename T>
-FUSED_ATTN_INLINE Vec load_lanes(const T* p, int64_t lanes) {
-  return load_partial(p, lanes);
-}
-
-template <typename T>
-FUSED_ATTN_INLINE void store_lanes(T* p, Vec v, FullVec) {
-  store(p, v);
-}
-
-template <typename T>
-FUSED_ATTN_INLINE void store_lanes(T* p, Vec v, int64_t lanes) {
-  store_partial(p, v, lanes);
-}
-
-FUSED_ATTN_INLINE Vec zero_beyond(Vec v, FullVec) { return v; }
-
-FUSED_ATTN_INLINE Vec zero_beyond(Vec v, int64_t lanes) {
-  return select(iota() < static_cast<int32_t>(lanes), v, Vec{});
-}
-
-// Sums have this many accumulators: a chain of dependent additions would wait for each.
-constexpr int kSlots = 4;
-
-// Calls body(i, lanes, slot) for each vector of the row: columns [i, i + lanes).
-template <typename Body>
-FUSED_ATTN_INLINE void for_vectors(int64_t width, Body&& body) {
-  int64_t i = 0;
-  for (; i + kSlots * kVec <= width; i += kSlots * kVec) {
-#pragma GCC unroll 4
-    for (int slot = 0; slot < kSlots; ++slot) body(i + slot * kVec, FullVec{}, slot);
-  }
-  for (; i + kVec <= width; i += kVec) body(i, FullVec{}, 0);
-  if (i < width) body(i, width - i, 0);
-}
-
-// The processor's own prefetcher does not cross from one row to the next in time. So each pass
-// over a row, which finds its data in the cache, asks for a part of what the passes to come need:
-// the lines of columns [i, i + kSlots * kVec) of another row. Called for slot 0 alone.
-template <typename T>
-FUSED_ATTN_INLINE void prefetch(const T* row, int64_t i) {
-#pragma GCC unroll 8
-  for (int64_t k = 0; k < kSlots * kVec; k += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(row + i + k);
-}
-
-template <typename T>
-FUSED_ATTN_INLINE void prefetch_to_write(T* row, int64_t i) {
-#pragma GCC unroll 8
-  for (int64_t k = 0; k < kSlots * kVec; k += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(row + i + k, 1);
-}
-
-FUSED_ATTN_INLINE float total_of(const Vec (&slots)[kSlots]) {
-  return reduce_add((slots[0] + slots[1]) + (slots[2] + slots[3]));
-}
-
-inline int64_t padded(int64_t width) { return (width + kVec - 1) / kVec * kVec; }
-
-template <typename T>
-FUSED_ATTN_INLINE const T* row_of(const StridedRows& rows, int64_t r) {
-  const T* data = static_cast<const T*>(rows.data);
-  // Rows with one stride do without the division, which takes as long as dozens of vectors.
-  if (r < rows.inner) return data + r * rows.inner_stride;
-  return data + (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride;
-}
-
-template <bool kHasDropout>
-FUSED_ATTN_INLINE Vec drop(Vec value, const uint32_t* keep, int64_t i, Vec scale) {
-  if constexpr (kHasDropout) return keep_or_zero(value * scale, keep + i);
-  return value;
-}
 
 // --- forward --------------------------------------------------------------------------------
 

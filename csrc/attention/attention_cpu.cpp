@@ -104,10 +104,9 @@ struct Call {
     in.dtype = kernel_dtype(query.scalar_type());
     in.keep_scale = 1.0f;
     if (a.dropout_p > 0.0) {
-      TORCH_CHECK(a.seed.has_value(), "attention: dropout needs a seed");
       in.keep_threshold = keep_threshold(a.dropout_p);
       in.keep_scale = static_cast<float>(1.0 / (1.0 - a.dropout_p));
-      in.seed = static_cast<uint64_t>(a.seed->item<int64_t>());
+      in.seed = dropout_seed("attention", a.seed, a.dropout_p);
     }
     if (a.mask) {
       in.mask = pair_strides(*a.mask);

@@ -13,49 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def row_offsets(rows, inner, outer_stride, inner_stride, ONE_STRIDE: tl.constexpr):
-    """Where int64 rows begin, as a column. # [BLOCK_M, 1]"""
-    if ONE_STRIDE:
-        offsets = rows * inner_stride
-    else:
-        # A division in 64 bits is a call, and the registers around it are spilled.
-        short = rows.to(tl.int32)
-        offsets = (short // inner).to(tl.int64) * outer_stride
-        offsets += (short % inner).to(tl.int64) * inner_stride
-    return offsets[:, None]
-
-
-@triton.jit
-def dropout_keep(
-    seed,
-    keep_threshold,
-    rows,
-    start,
-    width,
-    BLOCK_N: tl.constexpr,
-    WHOLE_COUNTERS: tl.constexpr,
-):
-    """Whether dropout keeps each element of a tile: the mask of ops/_philox.py, bit for bit.
-
-    Element i takes word i % 4 of counter i // 4. With WHOLE_COUNTERS (a width divisible by 4) the
-    tile's elements are all the words of its counters; else each element finds its own.
-    """
-    threshold = tl.cast(keep_threshold, tl.uint32)
-    if WHOLE_COUNTERS:
-        first = (rows * width + start) // 4
-        counters = first[:, None] + tl.arange(0, BLOCK_N // 4)[None, :]
-        w0, w1, w2, w3 = tl.randint4x(seed, counters)  # [BLOCK_M, BLOCK_N / 4]
-        # The new dimension of a join is the last one: (w0, w1), (w2, w3) for each counter.
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        words = words.reshape(w0.shape[0], BLOCK_N)
-    else:
-        elements = (rows * width + start)[:, None] + tl.arange(0, BLOCK_N)[None, :]
-        w0, w1, w2, w3 = tl.randint4x(seed, elements >> 2)
-        lane = elements.to(tl.int32) & 3
-        words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-    return words >= threshold
+from .._triton_kernels import dropout_keep, row_offsets
 
 
 @triton.jit

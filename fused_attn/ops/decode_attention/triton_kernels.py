@@ -11,19 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def tanh(x):
-    """To a few units in the last place. The polynomial is that of Cephes (Moshier)."""
-    z = x * x
-    p = -5.70498872745e-3 * z + 2.06390887954e-2
-    p = p * z - 5.37397155531e-2
-    p = p * z + 1.33314422036e-1
-    p = p * z - 3.33332819422e-1
-    near_zero = p * z * x + x
-    # e^30 is far beyond where tanh is 1, and finite.
-    far = 1.0 - 2.0 / (tl.exp(tl.minimum(2.0 * x, 30.0)) + 1.0)
-    return tl.where(z < 0.390625, near_zero, far)
+from .._triton_kernels import tanh
 
 
 @triton.jit

@@ -1,0 +1,68 @@
+"""What Triton kernels of several ops share. Imports triton: only kernels import it.
+
+A tensor of rows comes as a pointer and three numbers (`StridedRows` in `_triton.py`): row ``r``
+begins at element ``(r // inner) * outer_stride + (r % inner) * inner_stride``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_offsets(rows, inner, outer_stride, inner_stride, ONE_STRIDE: tl.constexpr):
+    """Where int64 rows begin, as a column. # [BLOCK_M, 1]"""
+    if ONE_STRIDE:
+        offsets = rows * inner_stride
+    else:
+        # A division in 64 bits is a call, and the registers around it are spilled.
+        short = rows.to(tl.int32)
+        offsets = (short // inner).to(tl.int64) * outer_stride
+        offsets += (short % inner).to(tl.int64) * inner_stride
+    return offsets[:, None]
+
+
+@triton.jit
+def dropout_keep(
+    seed,
+    keep_threshold,
+    rows,
+    start,
+    width,
+    BLOCK_N: tl.constexpr,
+    WHOLE_COUNTERS: tl.constexpr,
+):
+    """Whether dropout keeps each element of a tile: the mask of ops/_philox.py, bit for bit.
+
+    Element i takes word i % 4 of counter i // 4. With WHOLE_COUNTERS (a width divisible by 4) the
+    tile's elements are all the words of its counters; else each element finds its own.
+    """
+    threshold = tl.cast(keep_threshold, tl.uint32)
+    if WHOLE_COUNTERS:
+        first = (rows * width + start) // 4
+        counters = first[:, None] + tl.arange(0, BLOCK_N // 4)[None, :]
+        w0, w1, w2, w3 = tl.randint4x(seed, counters)  # [BLOCK_M, BLOCK_N / 4]
+        # The new dimension of a join is the last one: (w0, w1), (w2, w3) for each counter.
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        words = words.reshape(w0.shape[0], BLOCK_N)
+    else:
+        elements = (rows * width + start)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+        w0, w1, w2, w3 = tl.randint4x(seed, elements >> 2)
+        lane = elements.to(tl.int32) & 3
+        words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    return words >= threshold
+
+
+@triton.jit
+def tanh(x):
+    """To a few units in the last place. The polynomial is that of Cephes (Moshier)."""
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    near_zero = p * z * x + x
+    # e^30 is far beyond where tanh is 1, and finite.
+    far = 1.0 - 2.0 / (tl.exp(tl.minimum(2.0 * x, 30.0)) + 1.0)
+    return tl.where(z < 0.390625, near_zero, far)
