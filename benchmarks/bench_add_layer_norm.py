@@ -17,16 +17,20 @@ OP = "add_layer_norm"
 
 
 def peer(case: Case) -> Run:
-    """``layer_norm(dropout(x) + residual)``, as a model in plain PyTorch has it."""
+    """``layer_norm(dropout(x + x_bias) + residual)``, as a model in plain PyTorch has it."""
 
     def run(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        x = inputs["x"]
+        total = inputs["x"]
+        if "x_bias" in inputs:
+            total = total + inputs["x_bias"]
         if inputs["dropout_p"] > 0.0:
-            x = F.dropout(x, inputs["dropout_p"])
-        total = x + inputs["residual"]
-        output = F.layer_norm(
-            total, total.shape[-1:], inputs.get("weight"), inputs.get("bias"), inputs["eps"]
-        )
+            total = F.dropout(total, inputs["dropout_p"])
+        total = total + inputs["residual"]
+        shape, weight = total.shape[-1:], inputs.get("weight")
+        if inputs["norm"] == "rms_norm":
+            output = F.rms_norm(total, shape, weight, inputs["eps"])
+        else:
+            output = F.layer_norm(total, shape, weight, inputs.get("bias"), inputs["eps"])
         return (output, total) if inputs["return_sum"] else (output,)
 
     return run

@@ -76,7 +76,11 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         target = name.split(".")
         if target[0] in {"tests", "benchmarks"}:
             found.append(f"{module} imports {name}: nothing imports tests or benchmarks")
-        if target[0] in OPTIONAL and top and not re.fullmatch(r"_?triton_(\w+_)?kernels", parts[-1]):
+        if (
+            target[0] in OPTIONAL
+            and top
+            and not re.fullmatch(r"_?triton_(\w+_)?kernels", parts[-1])
+        ):
             found.append(f"{module} imports {name} at its top: optional, so only in functions")
         if target[0] != "fused_attn":
             if parts[-1] == "contract" and target[0] not in {"torch", *sys.stdlib_module_names}:

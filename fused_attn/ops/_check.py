@@ -35,7 +35,7 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
 def check_dtype(op: str, name: str, tensor: Tensor, expected: Sequence[torch.dtype]) -> None:
     """Raise TypeError unless the dtype is one of ``expected``."""
     if tensor.dtype not in expected:
-        names = " or ".join(_name(dtype) for dtype in expected)
+        names = " or ".join(dict.fromkeys(_name(dtype) for dtype in expected))
         raise TypeError(f"{op}: {name} must have dtype {names}, got {_name(tensor.dtype)}")
 
 

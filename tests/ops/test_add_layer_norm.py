@@ -75,41 +75,43 @@ def test_dropout_follows_the_generator() -> None:
 
 @pytest.mark.parametrize("forward", BACKENDS[1:])
 @pytest.mark.parametrize("backward", BACKENDS[1:])
-def test_any_backward_takes_any_forwards_residuals(forward: str, backward: str) -> None:
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_any_backward_takes_any_forwards_residuals(forward: str, backward: str, norm: str) -> None:
     """The gradient through one backend's forward and another's backward is the oracle's."""
-    call = example(dtype=torch.float32)
+    call = example(dtype=torch.float32) | {"x_bias": torch.linspace(-1.0, 1.0, 40)}
     seed = torch.tensor([99])
+    options: dict[str, Any] = {"norm": norm, "dropout_p": 0.2, "seed": seed}
     operator = torch.ops.fused_attn
     leaves = {name: tensor.double().requires_grad_() for name, tensor in call.items()}
-    expected = add_layer_norm(**leaves, dropout_p=0.2, seed=seed)
+    expected = add_layer_norm(**leaves, **options)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     oracle = torch.autograd.grad(expected, list(leaves.values()), grad.double())
     same = {name: tensor.clone().requires_grad_() for name, tensor in call.items()}
-    output = add_layer_norm(**same, dropout_p=0.2, seed=seed, backend="reference")
+    output = add_layer_norm(**same, **options, backend="reference")
     low = torch.autograd.grad(output, list(same.values()), grad)
 
-    _, total, mean, rstd = operator.add_layer_norm_forward(
-        call["x"], call["residual"], call["weight"], call["bias"], seed, 1e-5, 0.2, True, forward
-    )
-    names = [a.name for a in operator.add_layer_norm_backward.default._schema.arguments]
-    values = {
-        "grad_output": grad,
-        "grad_sum": None,
-        "x": total,
-        "residual": None,
-        "mean": mean,
-        "rstd": rstd,
-        "weight": call["weight"],
-        "seed": seed,
-        "dropout_p": 0.2,
-        "x_is_sum": True,
-        "need_grad_residual": True,
-        "need_grad_parameters": True,
-        "backend": backward,
-    }
-    results = operator.add_layer_norm_backward(*(values[name] for name in names))
-    for name, got, want, reference in zip(call, results, oracle, low, strict=True):
-        assert compare(name, got, want, reference).passed, compare(name, got, want, reference)
+    shared = call | {"seed": seed, "dropout_p": 0.2, "is_rms": norm == "rms_norm"}
+    made_of = {"x": call["x"], "x_bias": call["x_bias"], "residual": call["residual"]}
+    for x_is_sum in (True, False):
+        forwards = shared | {"eps": 1e-5, "sum_dtype": torch.float32 if x_is_sum else None}
+        _, total, mean, rstd = by_name(operator.add_layer_norm_forward, forwards, forward)
+        sums = {"x": total, "x_bias": None, "residual": None} if x_is_sum else made_of
+        backwards = shared | sums | {"grad_output": grad, "grad_sum": None}
+        backwards |= {"mean": mean, "rstd": rstd, "x_is_sum": x_is_sum}
+        backwards |= {"grad_residual_dtype": torch.float32, "need_x_bias": True}
+        backwards |= {"need_weight": True, "need_bias": True}
+        found = by_name(operator.add_layer_norm_backward, backwards, backward)
+        grad_x, grad_residual, grad_x_bias, grad_weight, grad_bias = found
+        results = (grad_x, grad_residual, grad_weight, grad_bias, grad_x_bias)
+        for name, got, want, reference in zip(call, results, oracle, low, strict=True):
+            comparison = compare(name, got, want, reference)
+            assert comparison.passed, comparison
+
+
+def by_name(operator: Any, arguments: dict[str, Any], backend: str) -> Any:
+    """Calls an operator with those of the arguments that it has."""
+    values = arguments | {"backend": backend}
+    return operator(*(values[a.name] for a in operator.default._schema.arguments))
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
@@ -153,7 +155,12 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
         (
             {"residual": torch.zeros(2, 8).half()},
             TypeError,
-            "residual must have the dtype of x, float32, got float16",
+            "residual must have dtype float32, got float16",
+        ),
+        (
+            {"x": torch.zeros(2, 8).half(), "residual": torch.zeros(2, 8).bfloat16()},
+            TypeError,
+            "residual must have dtype float16 or float32, got bfloat16",
         ),
         (
             {"residual": torch.zeros(2, 8, device="meta")},
@@ -166,6 +173,29 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
             "weight must have shape [E] with E = 8 (from x), got [7]",
         ),
         ({"bias": torch.zeros(8).half()}, TypeError, "bias must have dtype float32"),
+        (
+            {"weight": torch.zeros(8, device="meta")},
+            ValueError,
+            "weight must be on the device of x, cpu, got meta",
+        ),
+        (
+            {"x": torch.zeros(2, 8).bfloat16(), "weight": torch.zeros(8).half()},
+            TypeError,
+            "weight must have dtype bfloat16 or float32, got float16",
+        ),
+        ({"x_bias": [0.0] * 8}, TypeError, "x_bias must be a tensor, got list"),
+        (
+            {"x_bias": torch.zeros(1, 8)},
+            ValueError,
+            "x_bias must have shape [E] with E = 8 (from x), got [1, 8]",
+        ),
+        (
+            {"norm": "batch_norm"},
+            ValueError,
+            "norm must be 'layer_norm' or 'rms_norm', got 'batch_norm'",
+        ),
+        ({"eps": float("nan")}, ValueError, "eps must not be negative, got nan"),
+        ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in [0, 1), got nan"),
         ({"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p must be in [0, 1), got -0.1"),

@@ -8,27 +8,28 @@ from torch import Tensor
 from .._check import FLOATING
 
 
-def unsupported_reasons(x: Tensor, *, weight: Tensor | None, dropout_p: float) -> list[str]:
+def unsupported_reasons(x: Tensor) -> list[str]:
     """Why this backend cannot run the call; empty if it can."""
-    reasons = []
     if x.dtype not in FLOATING:
-        reasons.append(f"dtype {x.dtype}: float32, float16 or bfloat16 only")
-    return reasons
+        return [f"dtype {x.dtype}: float32, float16 or bfloat16 only"]
+    return []
 
 
 def forward(
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     eps: float,
     dropout_p: float,
-    need_sum: bool,
+    is_rms: bool,
+    sum_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, sum, mean, rstd."""
     return torch.ops.fused_attn_C.add_layer_norm_forward(
-        x, residual, weight, bias, seed, eps, dropout_p, need_sum
+        x, x_bias, residual, weight, bias, seed, eps, dropout_p, is_rms, sum_dtype
     )
 
 
@@ -36,28 +37,36 @@ def backward(
     grad_output: Tensor,
     grad_sum: Tensor | None,
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    is_rms: bool,
     x_is_sum: bool,
-    need_grad_residual: bool,
-    need_grad_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight and bias."""
+    grad_residual_dtype: torch.dtype | None,
+    need_x_bias: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, residual, x_bias, weight and bias."""
     return torch.ops.fused_attn_C.add_layer_norm_backward(
         grad_output,
         grad_sum,
         x,
+        x_bias,
         residual,
         mean,
         rstd,
         weight,
         seed,
         dropout_p,
+        is_rms,
         x_is_sum,
-        need_grad_residual,
-        need_grad_parameters,
+        grad_residual_dtype,
+        need_x_bias,
+        need_weight,
+        need_bias,
     )
