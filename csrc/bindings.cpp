@@ -28,13 +28,14 @@ TORCH_LIBRARY(fused_attn_C, m) {
   m.def("cpu_isa() -> str", &cpu_isa_name);
   m.def("compiled_instruction_sets() -> str[]", &compiled_instruction_sets);
   m.def(
-      "add_layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
-      "Tensor? seed, float eps, float dropout_p, bool need_sum) -> (Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "add_layer_norm_forward(Tensor x, Tensor? x_bias, Tensor? residual, Tensor? weight, "
+      "Tensor? bias, Tensor? seed, float eps, float dropout_p, bool is_rms, "
+      "ScalarType? sum_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "add_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor? residual, "
-      "Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float dropout_p, bool x_is_sum, "
-      "bool need_grad_residual, bool need_grad_parameters) -> (Tensor, Tensor, Tensor, Tensor)");
+      "add_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor x, Tensor? x_bias, "
+      "Tensor? residual, Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float dropout_p, "
+      "bool is_rms, bool x_is_sum, ScalarType? grad_residual_dtype, bool need_x_bias, "
+      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "beam_search_step(Tensor logits, Tensor scores, int eos_token) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");

@@ -1,5 +1,5 @@
 // Parameters of the add_layer_norm kernels. A null pointer is an absent tensor. T stands for the
-// element type named by `dtype`.
+// element type named by `dtype`; where `..._is_fp32` is set, a tensor has fp32 elements instead.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,15 @@ namespace fused_attn {
 struct AddLayerNormForward {
   StridedRows x;
   StridedRows residual;  // or null
-  const float* weight;   // [width]
-  const float* bias;     // [width]
-  void* output;          // T [rows, width]
-  void* sum;             // T [rows, width] or null
-  float* mean;           // [rows]
-  float* rstd;           // [rows]
+  bool residual_is_fp32;
+  const float* x_bias;  // [width] or null
+  const float* weight;  // [width] or null: ones
+  const float* bias;    // [width] or null: zeros
+  void* output;         // T [rows, width]
+  void* sum;            // T or fp32 [rows, width], or null
+  bool sum_is_fp32;
+  float* mean;  // [rows], or null for RMSNorm
+  float* rstd;  // [rows]
   int64_t width;
   float eps;
   float keep_scale;  // 1 / (1 - dropout_p)
@@ -31,16 +34,22 @@ struct AddLayerNormForward {
 struct AddLayerNormBackward {
   StridedRows grad_output;
   StridedRows grad_sum;  // or null
-  StridedRows x;         // the sum itself when `x_is_sum`
-  StridedRows residual;  // or null
+  bool grad_sum_is_fp32;
+  StridedRows x;  // the sum itself when `x_is_sum`
+  bool x_is_fp32;
   bool x_is_sum;
-  const float* mean;      // [rows]
-  const float* rstd;      // [rows]
-  const float* weight;    // [width]
-  void* grad_x;           // T [rows, width]
-  void* grad_residual;    // T [rows, width] or null: it equals grad_x, or there is no residual
-  float* partial_weight;  // [chunks, width] or null
-  float* partial_bias;    // [chunks, width] or null
+  const float* x_bias;   // [width] or null
+  StridedRows residual;  // or null
+  bool residual_is_fp32;
+  const float* mean;    // [rows], or null for RMSNorm
+  const float* rstd;    // [rows]
+  const float* weight;  // [width] or null: ones
+  void* grad_x;         // T [rows, width]
+  void* grad_residual;  // T or fp32 [rows, width], or null: grad_x is it, or nobody needs it
+  bool grad_residual_is_fp32;
+  float* partial_x_bias;  // [chunks, width] or null, as the next two
+  float* partial_weight;
+  float* partial_bias;
   int64_t rows;
   int64_t width;
   int64_t chunk_rows;

@@ -11,9 +11,55 @@
 namespace fused_attn {
 namespace FUSED_ATTN_ISA {
 
+// One row of T or of fp32. Which of them is asked at each vector: the processor foresees the
+// answer, and one kernel serves every mixture of dtypes.
+template <typename T>
+class MixedRow {
+ public:
+  MixedRow() = default;
+  MixedRow(const StridedRows& rows, bool is_fp32, int64_t r)
+      : is_fp32_(is_fp32),
+        data_(!rows.data ? nullptr
+              : is_fp32  ? static_cast<const void*>(row_of<float>(rows, r))
+                         : static_cast<const void*>(row_of<T>(rows, r))) {}
+  // Row r of a contiguous tensor that is written.
+  MixedRow(void* tensor, bool is_fp32, int64_t width, int64_t r)
+      : MixedRow(StridedRows{tensor, std::numeric_limits<int64_t>::max(), 0, width}, is_fp32, r) {}
+
+  explicit operator bool() const { return data_ != nullptr; }
+
+  template <typename Lanes>
+  FUSED_ATTN_INLINE Vec load(int64_t i, Lanes lanes) const {
+    return is_fp32() ? load_lanes(static_cast<const float*>(data_) + i, lanes)
+                     : load_lanes(static_cast<const T*>(data_) + i, lanes);
+  }
+
+  template <typename Lanes>
+  FUSED_ATTN_INLINE void store(int64_t i, Vec v, Lanes lanes) const {
+    void* data = const_cast<void*>(data_);
+    if (is_fp32())
+      store_lanes(static_cast<float*>(data) + i, v, lanes);
+    else
+      store_lanes(static_cast<T*>(data) + i, v, lanes);
+  }
+
+  FUSED_ATTN_INLINE void prefetch_columns(int64_t i) const {
+    if (is_fp32())
+      prefetch(static_cast<const float*>(data_), i);
+    else
+      prefetch(static_cast<const T*>(data_), i);
+  }
+
+ private:
+  FUSED_ATTN_INLINE bool is_fp32() const { return std::is_same_v<T, float> || is_fp32_; }
+
+  bool is_fp32_ = false;
+  const void* data_ = nullptr;
+};
+
 // --- forward --------------------------------------------------------------------------------
 
-template <typename T, bool kHasResidual, bool kHasDropout>
+template <typename T, bool kHasDropout, bool kIsRms>
 static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t begin, int64_t end) {
   const int64_t width = p.width;
   const float inverse_width = 1.0f / static_cast<float>(width);
@@ -25,55 +71,62 @@ static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t be
 
   for (int64_t r = begin; r < end; ++r) {
     const T* x = row_of<T>(p.x, r);
-    const T* residual = kHasResidual ? row_of<T>(p.residual, r) : nullptr;
+    const MixedRow<T> residual(p.residual, p.residual_is_fp32, r);
     const uint32_t* keep = nullptr;
     if constexpr (kHasDropout)
       keep = dropout_keep(keys, p.keep_threshold, r * width, width, random.data());
 
     T* output = static_cast<T*>(p.output) + r * width;
-    T* sum_out = p.sum ? static_cast<T*>(p.sum) + r * width : nullptr;
-    Vec totals[kSlots] = {};
+    const MixedRow<T> sum_out(p.sum, p.sum_is_fp32, width, r);
+    Vec totals[kSlots] = {};  // of the sum, or of its squares for RMSNorm
     for_vectors(width, [&](int64_t i, auto lanes, int slot) {
       if (slot == 0) prefetch_to_write(output, i);
-      Vec s = drop<kHasDropout>(load_lanes(x + i, lanes), keep, i, scale);
-      if constexpr (kHasResidual) s += load_lanes(residual + i, lanes);
+      Vec s = load_lanes(x + i, lanes);
+      if (p.x_bias) s += load_lanes(p.x_bias + i, lanes);
+      s = drop<kHasDropout>(s, keep, i, scale);
+      if (residual) s += residual.load(i, lanes);
       if (sum_out) {
         // What is normalised is the sum that the caller sees, and that the backward reads.
-        store_lanes(sum_out + i, s, lanes);
-        if constexpr (!std::is_same_v<T, float>) s = load_lanes(sum_out + i, lanes);
+        sum_out.store(i, s, lanes);
+        s = sum_out.load(i, lanes);
       }
       store(sum + i, s);
-      totals[slot] += zero_beyond(s, lanes);
+      totals[slot] += kIsRms ? s * s : s;  // lanes beyond the row are 0
     });
-    const float estimate = total_of(totals) * inverse_width;
+    const float estimate = kIsRms ? 0.0f : total_of(totals) * inverse_width;
+    float correction = 0.0f;
+    float variance = total_of(totals) * inverse_width;
 
-    // Deviations from the estimated mean are small where the mean is large, so their sum gives
-    // what the estimate lost to rounding.
-    Vec deviations[kSlots] = {};
-    Vec squares[kSlots] = {};
     const int64_t next = std::min(r + 1, end - 1);
     const T* next_x = row_of<T>(p.x, next);
-    const T* next_residual = kHasResidual ? row_of<T>(p.residual, next) : nullptr;
-    for_vectors(width, [&](int64_t i, auto lanes, int slot) {
-      if (slot == 0) prefetch(next_x, i);
-      const Vec d = zero_beyond(load(sum + i) - estimate, lanes);
-      deviations[slot] += d;
-      squares[slot] += d * d;
-    });
-    const float correction = total_of(deviations) * inverse_width;
-    const float variance =
-        std::max(total_of(squares) * inverse_width - correction * correction, 0.0f);
+    const MixedRow<T> next_residual(p.residual, p.residual_is_fp32, next);
+    if constexpr (!kIsRms) {
+      // Deviations from the estimated mean are small where the mean is large, so their sum gives
+      // what the estimate lost to rounding.
+      Vec deviations[kSlots] = {};
+      Vec squares[kSlots] = {};
+      for_vectors(width, [&](int64_t i, auto lanes, int slot) {
+        if (slot == 0) prefetch(next_x, i);
+        const Vec d = zero_beyond(load(sum + i) - estimate, lanes);
+        deviations[slot] += d;
+        squares[slot] += d * d;
+      });
+      correction = total_of(deviations) * inverse_width;
+      variance = std::max(total_of(squares) * inverse_width - correction * correction, 0.0f);
+    }
     const float rstd = 1.0f / std::sqrt(variance + p.eps);
 
     for_vectors(width, [&](int64_t i, auto lanes, int slot) {
-      if constexpr (kHasResidual)
-        if (slot == 0) prefetch(next_residual, i);
-      const Vec normalised = ((load(sum + i) - estimate) - correction) * rstd;
-      store_lanes(output + i,
-                  normalised * load_lanes(p.weight + i, lanes) + load_lanes(p.bias + i, lanes),
-                  lanes);
+      if (slot == 0) {
+        if (kIsRms) prefetch(next_x, i);
+        if (next_residual) next_residual.prefetch_columns(i);
+      }
+      Vec result = ((load(sum + i) - estimate) - correction) * rstd;
+      if (p.weight) result *= load_lanes(p.weight + i, lanes);
+      if (p.bias) result += load_lanes(p.bias + i, lanes);
+      store_lanes(output + i, result, lanes);
     });
-    p.mean[r] = estimate + correction;
+    if constexpr (!kIsRms) p.mean[r] = estimate + correction;
     p.rstd[r] = rstd;
   }
 }
@@ -81,9 +134,10 @@ static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t be
 template <typename T>
 static void add_layer_norm_forward_typed(const AddLayerNormForward& p, int64_t begin, int64_t end) {
   const bool dropout = p.keep_threshold != 0;
-  if (p.residual.data && dropout) return add_layer_norm_forward_rows<T, true, true>(p, begin, end);
-  if (p.residual.data) return add_layer_norm_forward_rows<T, true, false>(p, begin, end);
-  if (dropout) return add_layer_norm_forward_rows<T, false, true>(p, begin, end);
+  const bool is_rms = p.mean == nullptr;
+  if (dropout && is_rms) return add_layer_norm_forward_rows<T, true, true>(p, begin, end);
+  if (dropout) return add_layer_norm_forward_rows<T, true, false>(p, begin, end);
+  if (is_rms) return add_layer_norm_forward_rows<T, false, true>(p, begin, end);
   return add_layer_norm_forward_rows<T, false, false>(p, begin, end);
 }
 
@@ -115,15 +169,16 @@ FUSED_ATTN_INLINE Vec rounded(Vec v) {
 }
 
 // What the second pass over a row needs to know. With y = the normalised sum and g = grad_output *
-// weight, the gradient of the sum is rstd * (g - mean(g) - y * mean(g * y)) + grad_sum.
+// weight, the gradient of the sum is rstd * (g - mean(g) - y * mean(g * y)) + grad_sum; RMSNorm
+// has no mean(g).
 template <typename T>
 struct BackwardRow {
   const T* grad_output;
-  const T* grad_sum;
+  MixedRow<T> grad_sum;
   const float* normalised;
   const uint32_t* keep;
   T* grad_x;
-  T* grad_residual;
+  MixedRow<T> grad_residual;
   float rstd;
   float mean_g;
   float mean_gy;
@@ -138,44 +193,48 @@ static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, const P
                                           int64_t r, float* normalised, uint32_t* random) {
   const int64_t width = p.width;
   const int64_t next = std::min(r + kGroup, p.rows - 1);
-  const T* x = row_of<T>(p.x, r);
-  const T* next_x = row_of<T>(p.x, next);
-  const T* residual = p.residual.data ? row_of<T>(p.residual, r) : nullptr;
-  const T* next_residual = p.residual.data ? row_of<T>(p.residual, next) : nullptr;
+  const MixedRow<T> x(p.x, p.x_is_fp32, r);
+  const MixedRow<T> next_x(p.x, p.x_is_fp32, next);
+  const MixedRow<T> residual(p.residual, p.residual_is_fp32, r);
+  const MixedRow<T> next_residual(p.residual, p.residual_is_fp32, next);
   const T* grad_output = row_of<T>(p.grad_output, r);
   const uint32_t* keep = nullptr;
   if constexpr (kHasDropout) keep = dropout_keep(keys, p.keep_threshold, r * width, width, random);
   const Vec scale = broadcast(p.keep_scale);
-  const Vec mean = broadcast(p.mean[r]);
+  const Vec mean = broadcast(p.mean ? p.mean[r] : 0.0f);
   const Vec rstd = broadcast(p.rstd[r]);
 
   Vec sums[kSlots] = {};
   Vec products[kSlots] = {};
   for_vectors(width, [&](int64_t i, auto lanes, int slot) {
     if (slot == 0) {
-      prefetch(next_x, i);
-      if (residual) prefetch(next_residual, i);
+      next_x.prefetch_columns(i);
+      if (residual) next_residual.prefetch_columns(i);
     }
-    Vec s = load_lanes(x + i, lanes);
-    if (!p.x_is_sum) s = drop<kHasDropout>(s, keep, i, scale);
-    if (residual) s += load_lanes(residual + i, lanes);
+    Vec s = x.load(i, lanes);
+    if (!p.x_is_sum) {
+      if (p.x_bias) s += load_lanes(p.x_bias + i, lanes);
+      s = drop<kHasDropout>(s, keep, i, scale);
+      if (residual) s += residual.load(i, lanes);
+    }
     const Vec y = (s - mean) * rstd;
     store(normalised + i, y);
     // Lanes beyond the row have g = 0.
-    const Vec g = load_lanes(grad_output + i, lanes) * load_lanes(p.weight + i, lanes);
+    Vec g = load_lanes(grad_output + i, lanes);
+    if (p.weight) g *= load_lanes(p.weight + i, lanes);
     sums[slot] += g;
     products[slot] += g * y;
   });
 
   BackwardRow<T> row;
   row.grad_output = grad_output;
-  row.grad_sum = p.grad_sum.data ? row_of<T>(p.grad_sum, r) : nullptr;
+  row.grad_sum = MixedRow<T>(p.grad_sum, p.grad_sum_is_fp32, r);
   row.normalised = normalised;
   row.keep = keep;
   row.grad_x = static_cast<T*>(p.grad_x) + r * width;
-  row.grad_residual = p.grad_residual ? static_cast<T*>(p.grad_residual) + r * width : nullptr;
+  row.grad_residual = MixedRow<T>(p.grad_residual, p.grad_residual_is_fp32, width, r);
   row.rstd = p.rstd[r];
-  row.mean_g = total_of(sums) / static_cast<float>(width);
+  row.mean_g = p.mean ? total_of(sums) / static_cast<float>(width) : 0.0f;
   row.mean_gy = total_of(products) / static_cast<float>(width);
   row.next_grad_output = row_of<T>(p.grad_output, next);
   row.next_grad_x = static_cast<T*>(p.grad_x) + next * width;
@@ -183,21 +242,21 @@ static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, const P
 }
 
 // Second pass over kRows rows: the gradients.
-template <typename T, bool kHasDropout, bool kHasGradSum, int kRows>
+template <typename T, bool kHasDropout, int kRows>
 static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<T>* rows,
-                               float* partial_weight, float* partial_bias) {
+                               float* partial_x_bias, float* partial_weight, float* partial_bias) {
   const Vec scale = broadcast(p.keep_scale);
   for_vectors(p.width, [&](int64_t i, auto lanes, int slot) {
-    const Vec weight = load_lanes(p.weight + i, lanes);
+    Vec grad_x_bias = {};
     Vec grad_weight = {};
     Vec grad_bias = {};
     Vec grads[kRows];
     // Every load comes before every store. Rows of a round width begin at one offset within a
     // page, and the processor takes a load that follows such a store for a read of what it wrote.
-    if (partial_weight) {
-      grad_weight = load_lanes(partial_weight + i, lanes);
-      grad_bias = load_lanes(partial_bias + i, lanes);
-    }
+    if (partial_x_bias) grad_x_bias = load_lanes(partial_x_bias + i, lanes);
+    if (partial_weight) grad_weight = load_lanes(partial_weight + i, lanes);
+    if (partial_bias) grad_bias = load_lanes(partial_bias + i, lanes);
+    const Vec weight = p.weight ? load_lanes(p.weight + i, lanes) : broadcast(1.0f);
 #pragma GCC unroll 2
     for (int k = 0; k < kRows; ++k) {
       const BackwardRow<T>& row = rows[k];
@@ -212,22 +271,23 @@ static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<
       // The first pass summed g as rounded: what is not does not cancel to 0 at width 1.
       const Vec g = rounded(grad_output * weight);
       grads[k] = (g - row.mean_g - y * row.mean_gy) * row.rstd;
-      if constexpr (kHasGradSum) grads[k] += load_lanes(row.grad_sum + i, lanes);
+      if (row.grad_sum) grads[k] += row.grad_sum.load(i, lanes);
     }
 #pragma GCC unroll 2
     for (int k = 0; k < kRows; ++k) {
       const BackwardRow<T>& row = rows[k];
-      if (kHasDropout && row.grad_residual) store_lanes(row.grad_residual + i, grads[k], lanes);
-      store_lanes(row.grad_x + i, drop<kHasDropout>(grads[k], row.keep, i, scale), lanes);
+      if (row.grad_residual) row.grad_residual.store(i, grads[k], lanes);
+      const Vec grad_x = drop<kHasDropout>(grads[k], row.keep, i, scale);
+      grad_x_bias += grad_x;
+      store_lanes(row.grad_x + i, grad_x, lanes);
     }
-    if (partial_weight) {
-      store_lanes(partial_weight + i, grad_weight, lanes);
-      store_lanes(partial_bias + i, grad_bias, lanes);
-    }
+    if (partial_x_bias) store_lanes(partial_x_bias + i, grad_x_bias, lanes);
+    if (partial_weight) store_lanes(partial_weight + i, grad_weight, lanes);
+    if (partial_bias) store_lanes(partial_bias + i, grad_bias, lanes);
   });
 }
 
-template <typename T, bool kHasDropout, bool kHasGradSum>
+template <typename T, bool kHasDropout>
 static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_t begin,
                                            int64_t end) {
   const int64_t width = p.width;
@@ -236,14 +296,15 @@ static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_
   Scratch<float> normalised(kGroup * row_room);
   Scratch<uint32_t> random(kGroup * random_room);
   const PhiloxKeys keys(p.seed);
+  // The chunk's part of a parameter's gradient, zeroed.
+  const auto part_of = [&](float* partial, int64_t chunk) {
+    return partial ? std::fill_n(partial + chunk * width, width, 0.0f) - width : nullptr;
+  };
 
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    float* partial_weight = p.partial_weight ? p.partial_weight + chunk * width : nullptr;
-    float* partial_bias = p.partial_bias ? p.partial_bias + chunk * width : nullptr;
-    if (partial_weight) {
-      std::fill_n(partial_weight, width, 0.0f);
-      std::fill_n(partial_bias, width, 0.0f);
-    }
+    float* partial_x_bias = part_of(p.partial_x_bias, chunk);
+    float* partial_weight = part_of(p.partial_weight, chunk);
+    float* partial_bias = part_of(p.partial_bias, chunk);
     const int64_t last = std::min(p.rows, (chunk + 1) * p.chunk_rows);
     for (int64_t r = chunk * p.chunk_rows; r < last; r += kGroup) {
       static_assert(kGroup == 2, "the last group of a chunk is whole or one row");
@@ -253,10 +314,11 @@ static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_
         rows[k] = backward_statistics<T, kHasDropout>(
             p, keys, r + k, normalised.data() + k * row_room, random.data() + k * random_room);
       if (count == kGroup)
-        backward_gradients<T, kHasDropout, kHasGradSum, kGroup>(p, rows, partial_weight,
-                                                                partial_bias);
+        backward_gradients<T, kHasDropout, kGroup>(p, rows, partial_x_bias, partial_weight,
+                                                   partial_bias);
       else
-        backward_gradients<T, kHasDropout, kHasGradSum, 1>(p, rows, partial_weight, partial_bias);
+        backward_gradients<T, kHasDropout, 1>(p, rows, partial_x_bias, partial_weight,
+                                              partial_bias);
     }
   }
 }
@@ -264,12 +326,8 @@ static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_
 template <typename T>
 static void add_layer_norm_backward_typed(const AddLayerNormBackward& p, int64_t begin,
                                           int64_t end) {
-  const bool dropout = p.keep_threshold != 0;
-  const bool grad_sum = p.grad_sum.data != nullptr;
-  if (dropout && grad_sum) return add_layer_norm_backward_chunks<T, true, true>(p, begin, end);
-  if (dropout) return add_layer_norm_backward_chunks<T, true, false>(p, begin, end);
-  if (grad_sum) return add_layer_norm_backward_chunks<T, false, true>(p, begin, end);
-  return add_layer_norm_backward_chunks<T, false, false>(p, begin, end);
+  if (p.keep_threshold != 0) return add_layer_norm_backward_chunks<T, true>(p, begin, end);
+  return add_layer_norm_backward_chunks<T, false>(p, begin, end);
 }
 
 void add_layer_norm_backward(const AddLayerNormBackward& p, int64_t begin, int64_t end) {
