@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from .._check import FLOATING
 from .._philox import keep_threshold
 from .._triton import (
-    StridedRows,
     ceil_div,
     contiguous,
     device_guard,
@@ -22,61 +22,92 @@ from .._triton import (
 
 MAX_WIDTH = 65536
 
-# Of a tensor that is absent.
-_NO_ROWS = StridedRows(0, 0, 0)
-
-# Columns of a tile at most: beyond, a program walks over its row twice.
-_MAX_BLOCK = 8192
-# Elements of a tile at least, and a thread's share of them: 16 bytes of bf16.
-_MIN_TILE = 2048
-_ELEMENTS_PER_THREAD = 8
-_MAX_WARPS = 16
+# A thread's share of a tile, in bytes of x: two accesses of 16 bytes.
+_BYTES_PER_THREAD = 32
+_THREADS = 256
+"""Of a program, where a row does not need more."""
+_MAX_THREADS = 1024
 # Of a multiprocessor.
 _REGISTERS = 65536
-# Tiles that the backward keeps at work on a multiprocessor, each with a row of partial sums.
-_PROGRAMS_PER_MULTIPROCESSOR = 2
-# The reduction's tiles: narrow, so that there are enough of them, unless the rows are long.
-_REDUCE_TILE = 2048
-_REDUCE_MIN_COLUMNS = 64
-_REDUCE_TILES = 128
+# Columns of a tile at most: beyond, the forward walks over its row in blocks, and the backward's
+# programs take slices of it.
+_MAX_FORWARD_BLOCK = 16384
+_MAX_BACKWARD_BLOCK = 8192
+_SLICES = (4096, 2048, 1024)
+# The reduction's tile: as many rows as there are programs, up to this many, and the columns that
+# are then left of its elements.
+_REDUCE_MAX_ROWS = 512
+_REDUCE_TILE = 8192
 
 
-@dataclass(frozen=True)
-class Tiling:
+class Tiling(NamedTuple):
     """How a kernel covers rows of a width."""
 
     BLOCK_M: int
     BLOCK_N: int
-    SINGLE_BLOCK: bool
     num_warps: int
     registers: int
     """Of a thread at most."""
+    programs: int
+    """That a multiprocessor has registers for."""
 
 
-def tiling(width: int, dropout_p: float, is_backward: bool) -> Tiling:
-    """The tile for rows of this width, as large as the registers allow.
-
-    The backward holds two sums a column, and takes half of a forward's tile. So does dropout of
-    rows whose width is no multiple of 4, where each element draws a counter of Philox for itself.
-    Few registers, where they do, keep many rows in flight; an odd width takes an address an
-    element.
-    """
-    is_odd = width % 4 != 0
-    draws_alone = dropout_p > 0.0 and is_odd
-    share = 2 if is_backward or draws_alone else 1
-    block_n = min(max(next_power_of_2(width), 16), _MAX_BLOCK // share)
-    block_m = max(_MIN_TILE // share // block_n, 1)
-    per_thread = _ELEMENTS_PER_THREAD // 2 if draws_alone else _ELEMENTS_PER_THREAD
-    num_warps = min(block_m * block_n // (per_thread * target().warp_size), _MAX_WARPS)
-    single_block = width <= block_n
-    if is_backward or is_odd or not single_block:
-        registers = min(_REGISTERS // (32 * num_warps), 255)
-    else:
-        registers = 64
-    return Tiling(block_m, block_n, single_block, num_warps, registers)
+def forward_tiling(width: int, itemsize: int, has_dropout: bool) -> Tiling:
+    """The tile of the forward; the README has the reasons."""
+    block_n = min(next_power_of_2(width), _MAX_FORWARD_BLOCK)
+    return _tiling(block_n, width, itemsize, has_dropout, 4)
 
 
-def unsupported_reasons(x: Tensor, *, weight: Tensor | None, dropout_p: float) -> list[str]:
+def backward_tiling(width: int, itemsize: int, has_dropout: bool) -> Tiling:
+    """The tile of the backward, which sums up to three numbers a column in registers."""
+    block_n = next_power_of_2(width)
+    if block_n > _MAX_BACKWARD_BLOCK:
+        # The widest of which the last slice leaves little empty.
+        spare = width // 10
+        fitting = (slice_ for slice_ in _SLICES if -width % slice_ <= spare)
+        block_n = next(fitting, _SLICES[-1])
+    return _tiling(block_n, width, itemsize, has_dropout, 2)
+
+
+def _tiling(block_n: int, width: int, itemsize: int, has_dropout: bool, programs: int) -> Tiling:
+    per_thread = _BYTES_PER_THREAD // itemsize
+    if has_dropout and width % 4 != 0:
+        per_thread //= 2  # each element draws a counter of Philox for itself
+    threads = min(max(block_n // per_thread, _THREADS), _MAX_THREADS)
+    block_m = max(threads * per_thread // block_n, 1)
+    programs = max(programs * _THREADS // threads, 1)
+    registers = min(_REGISTERS // (threads * programs), 255)
+    return Tiling(block_m, block_n, threads // target().warp_size, registers, programs)
+
+
+class Rows(NamedTuple):
+    """Tensors of rows, and what a kernel is told of them."""
+
+    tensors: list[Tensor | None]
+    numbers: list[int]
+    """Three a tensor; strides in units of ``STRIDE_UNIT``."""
+    flags: dict[str, Any]
+
+
+def rows_of(*tensors: Tensor | None) -> Rows:
+    """The rows of tensors as kernels read them; copied where strides do not describe them."""
+    found = [(None, None) if tensor is None else strided_rows(tensor) for tensor in tensors]
+    layouts = [layout for _, layout in found if layout is not None]
+    step = math.gcd(*(stride for layout in layouts for stride in layout[1:]))
+    unit = min(step & -step, 16) or 16
+    numbers: list[int] = []
+    for _, layout in found:
+        if layout is None:
+            numbers += (0, 0, 0)
+        else:
+            numbers += (layout.inner, layout.outer_stride // unit, layout.inner_stride // unit)
+    one_stride = all(layout.has_one_stride for layout in layouts)
+    return Rows(
+        [tensor for tensor, _ in found], numbers, {"ONE_STRIDE": one_stride, "STRIDE_UNIT": unit}
+    )
+
+
+def unsupported_reasons(x: Tensor) -> list[str]:
     """Why this backend cannot run the call; empty if it can."""
     reasons = []
     if x.dtype not in FLOATING:
@@ -88,13 +119,15 @@ def unsupported_reasons(x: Tensor, *, weight: Tensor | None, dropout_p: float) -
 
 def forward(
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
     eps: float,
     dropout_p: float,
-    need_sum: bool,
+    is_rms: bool,
+    sum_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, sum, mean, rstd."""
     from .triton_kernels import add_layer_norm_forward_kernel
@@ -102,18 +135,19 @@ def forward(
     width = x.size(-1)
     num_rows = x.shape[:-1].numel()
     output = x.new_empty(x.shape)
-    total = x.new_empty(x.shape if need_sum else (0,))
-    mean = x.new_empty((num_rows,), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    total = x.new_empty((0,)) if sum_dtype is None else x.new_empty(x.shape, dtype=sum_dtype)
+    mean = x.new_empty((0 if is_rms else num_rows,), dtype=torch.float32)
+    rstd = x.new_empty((num_rows,), dtype=torch.float32)
     if num_rows == 0:
         return output, total, mean, rstd
 
-    x, x_layout = strided_rows(x)
-    residual, residual_layout = _optional_rows(residual)
-    tile = tiling(width, dropout_p, is_backward=False)
-    with device_guard(x):
+    tile = forward_tiling(width, x.element_size(), dropout_p > 0.0)
+    rows = rows_of(x, residual)
+    x, residual = rows.tensors
+    with device_guard(output):
         add_layer_norm_forward_kernel[(ceil_div(num_rows, tile.BLOCK_M),)](
             x,
+            contiguous(x_bias),
             residual,
             contiguous(weight),
             contiguous(bias),
@@ -123,20 +157,19 @@ def forward(
             mean,
             rstd,
             num_rows,
-            width,
-            *x_layout,
-            *(residual_layout or _NO_ROWS),
+            *rows.numbers,
             eps,
             1.0 / (1.0 - dropout_p),
             keep_threshold(dropout_p),
+            IS_RMS=is_rms,
+            HAS_X_BIAS=x_bias is not None,
             HAS_RESIDUAL=residual is not None,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             HAS_DROPOUT=dropout_p > 0.0,
-            HAS_SUM=need_sum,
-            ONE_STRIDE=_one_stride(x_layout, residual_layout),
-            WHOLE_COUNTERS=width % 4 == 0,
-            SINGLE_BLOCK=tile.SINGLE_BLOCK,
+            HAS_SUM=sum_dtype is not None,
+            **rows.flags,
+            WIDTH=width,
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
             num_warps=tile.num_warps,
@@ -150,95 +183,138 @@ def backward(
     grad_output: Tensor,
     grad_sum: Tensor | None,
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    is_rms: bool,
     x_is_sum: bool,
-    need_grad_residual: bool,
-    need_grad_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight and bias."""
-    from .triton_kernels import add_layer_norm_backward_kernel, add_layer_norm_reduce_kernel
+    grad_residual_dtype: torch.dtype | None,
+    need_x_bias: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, residual, x_bias, weight and bias."""
+    from .triton_kernels import (
+        add_layer_norm_backward_kernel,
+        add_layer_norm_means_kernel,
+        add_layer_norm_reduce_kernel,
+    )
 
     width = x.size(-1)
     num_rows = x.shape[:-1].numel()
-    separate = need_grad_residual and dropout_p > 0.0
-    grad_x = x.new_empty(x.shape)
-    grad_residual = x.new_empty(x.shape if separate else (0,))
-    parameters = width if need_grad_parameters else 0
-    grad_weight = x.new_zeros((parameters,), dtype=torch.float32)
-    grad_bias = x.new_zeros((parameters,), dtype=torch.float32)
+    grad_x = grad_output.new_empty(x.shape)
+    if grad_residual_dtype is None:
+        grad_residual = grad_output.new_empty((0,))
+    else:
+        grad_residual = x.new_empty(x.shape, dtype=grad_residual_dtype)
+    needs = (need_x_bias, need_weight, need_bias)
+    # Of x_bias, weight and bias.
+    gradients = [x.new_empty((width if need else 0,), dtype=torch.float32) for need in needs]
     if num_rows == 0:
-        return grad_x, grad_residual, grad_weight, grad_bias
+        return grad_x, grad_residual, *(gradient.zero_() for gradient in gradients)
 
-    tile = tiling(width, dropout_p, is_backward=True)
-    programs = min(
-        ceil_div(num_rows, tile.BLOCK_M), _PROGRAMS_PER_MULTIPROCESSOR * multiprocessor_count(x)
-    )
-    partial = x.new_empty((2, programs, parameters), dtype=torch.float32)
-    grad_output, grad_output_layout = strided_rows(grad_output)
-    grad_sum, grad_sum_layout = _optional_rows(grad_sum)
-    x, x_layout = strided_rows(x)
-    residual, residual_layout = _optional_rows(residual)
-    with device_guard(x):
-        add_layer_norm_backward_kernel[(programs,)](
+    tile = backward_tiling(width, grad_output.element_size(), dropout_p > 0.0)
+    row_tiles = ceil_div(num_rows, tile.BLOCK_M)
+    slices = ceil_div(width, tile.BLOCK_N)
+    programs = min(row_tiles, ceil_div(tile.programs * multiprocessor_count(x), slices))
+    # As many turns for everyone: fewer programs write fewer partial sums.
+    programs = ceil_div(row_tiles, ceil_div(row_tiles, programs))
+    partials = gradients
+    if programs > 1 and any(needs):
+        partial = x.new_empty((sum(needs), programs, width), dtype=torch.float32)
+        kinds = iter(partial)
+        partials = [next(kinds) if need else g for need, g in zip(needs, gradients, strict=True)]
+
+    rows = rows_of(grad_output, grad_sum, x, residual)
+    grad_output, grad_sum, x, residual = rows.tensors
+    x_bias, weight = contiguous(x_bias), contiguous(weight)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    options = {"enable_fp_fusion": False}
+    numbers = (1.0 / (1.0 - dropout_p), keep_threshold(dropout_p))
+    flags = {
+        "IS_RMS": is_rms,
+        "HAS_X_BIAS": x_bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_WEIGHT": weight is not None,
+        **rows.flags,
+        "WIDTH": width,
+    }
+    with device_guard(grad_x):
+        mean_g = mean_gy = None
+        if slices > 1:
+            mean_g, mean_gy = x.new_empty((2, num_rows), dtype=torch.float32)
+            means_tile = forward_tiling(MAX_WIDTH, grad_output.element_size(), dropout_p > 0.0)
+            add_layer_norm_means_kernel[(num_rows,)](
+                grad_output,
+                x,
+                x_bias,
+                residual,
+                mean,
+                rstd,
+                weight,
+                seed,
+                mean_g,
+                mean_gy,
+                num_rows,
+                *rows.numbers[:3],
+                *rows.numbers[6:],
+                *numbers,
+                HAS_DROPOUT=dropout_p > 0.0 and not x_is_sum,
+                **flags,
+                BLOCK_N=means_tile.BLOCK_N,
+                num_warps=means_tile.num_warps,
+                **options,
+                **target().register_options(means_tile.registers),
+            )
+        add_layer_norm_backward_kernel[(programs, slices)](
             grad_output,
             grad_sum,
             x,
+            x_bias,
             residual,
-            mean.contiguous(),
-            rstd.contiguous(),
-            contiguous(weight),
+            mean,
+            rstd,
+            weight,
             seed,
+            mean_g,
+            mean_gy,
             grad_x,
             grad_residual,
-            partial,
+            *partials,
             num_rows,
-            width,
-            *grad_output_layout,
-            *(grad_sum_layout or _NO_ROWS),
-            *x_layout,
-            *(residual_layout or _NO_ROWS),
-            1.0 / (1.0 - dropout_p),
-            keep_threshold(dropout_p),
+            *rows.numbers,
+            *numbers,
             HAS_GRAD_SUM=grad_sum is not None,
-            HAS_RESIDUAL=residual is not None,
-            HAS_WEIGHT=weight is not None,
             HAS_DROPOUT=dropout_p > 0.0,
-            HAS_GRAD_RESIDUAL=separate,
-            HAS_PARAMETERS=need_grad_parameters,
+            HAS_GRAD_RESIDUAL=grad_residual_dtype is not None,
+            NEED_X_BIAS=need_x_bias,
+            NEED_WEIGHT=need_weight,
+            NEED_BIAS=need_bias,
             X_IS_SUM=x_is_sum,
-            ONE_STRIDE=_one_stride(grad_output_layout, grad_sum_layout, x_layout, residual_layout),
-            WHOLE_COUNTERS=width % 4 == 0,
-            SINGLE_BLOCK=tile.SINGLE_BLOCK,
+            **flags,
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
+            NUM_STAGES=2,
             num_warps=tile.num_warps,
             # g - mean(g) cancels, to 0 at width 1, only if the product in g is rounded.
-            enable_fp_fusion=False,
+            **options,
             **target().register_options(tile.registers),
         )
-        if need_grad_parameters:
-            block_n = max(_REDUCE_MIN_COLUMNS, next_power_of_2(width) // _REDUCE_TILES)
-            add_layer_norm_reduce_kernel[(ceil_div(width, block_n), 2)](
+        if partials is not gradients:
+            found = [g for need, g in zip(needs, gradients, strict=True) if need]
+            block_m = min(next_power_of_2(programs), _REDUCE_MAX_ROWS)
+            block_n = min(_REDUCE_TILE // block_m, next_power_of_2(width))
+            add_layer_norm_reduce_kernel[(ceil_div(width, block_n), len(found))](
                 partial,
-                grad_weight,
-                grad_bias,
+                *(found[k % len(found)] for k in range(3)),
                 programs,
-                width,
-                BLOCK_M=_REDUCE_TILE // block_n,
+                WIDTH=width,
+                BLOCK_M=block_m,
                 BLOCK_N=block_n,
-                num_warps=4,
+                num_warps=8,
             )
-    return grad_x, grad_residual, grad_weight, grad_bias
-
-
-def _optional_rows(tensor: Tensor | None) -> tuple[Tensor | None, StridedRows | None]:
-    return (None, None) if tensor is None else strided_rows(tensor)
-
-
-def _one_stride(*layouts: StridedRows | None) -> bool:
-    return all(layout is None or layout.has_one_stride for layout in layouts)
+    return grad_x, grad_residual, *gradients

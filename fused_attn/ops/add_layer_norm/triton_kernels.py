@@ -1,11 +1,12 @@
 """Triton kernels of ``add_layer_norm``; the README beside this file has the derivation.
 
-A program works on tiles of BLOCK_M rows by BLOCK_N columns. With SINGLE_BLOCK the tile spans the
-row, which is then read once; else the columns are a loop, and the second walk over a row reads it
-from the L2 cache.
+A program works on tiles of BLOCK_M rows by BLOCK_N columns. Where a tile spans the row (WIDTH <=
+BLOCK_N), a row is read once. Else the forward walks over it twice, the second time through the L2
+cache, and the backward has a kernel of its own for the means of a row.
 
 A tensor of rows comes as a pointer and three numbers: row ``r`` begins at element
-``(r // inner) * outer_stride + (r % inner) * inner_stride``.
+``(r // inner) * outer_stride + (r % inner) * inner_stride``. The strides are in units of
+STRIDE_UNIT elements, so that the compiler knows how far they are aligned; so it does of WIDTH.
 """
 
 from __future__ import annotations
@@ -14,6 +15,47 @@ import triton
 import triton.language as tl
 
 from .._triton_kernels import dropout_keep, row_offsets
+
+# Compiled once for all their values: the number of rows is another in every batch.
+_NUMBERS = (
+    "num_rows",
+    "keep_threshold",
+    *(
+        f"{tensor}_{number}"
+        for tensor in ("grad_output", "grad_sum", "x", "residual")
+        for number in ("inner", "outer_stride", "inner_stride")
+    ),
+)
+
+
+@triton.jit
+def tile_mask(
+    rows,
+    num_rows,
+    columns,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Where a tile lies in its tensor; constant where the shape says that it does. # [M, N]"""
+    # Every program of one row has its row.
+    in_rows = tl.full((BLOCK_M, 1), True, tl.int1)
+    if BLOCK_M > 1:
+        in_rows = (rows < num_rows)[:, None]
+    in_columns = tl.full((1, BLOCK_N), True, tl.int1)
+    if WIDTH % BLOCK_N != 0:
+        in_columns = columns < WIDTH
+    return in_rows & in_columns
+
+
+@triton.jit
+def load_parameter(parameter_ptr, columns, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Elements of a weight or a bias in fp32; 0 beyond the width. # [1, BLOCK_N]"""
+    if WIDTH % BLOCK_N != 0:
+        values = tl.load(parameter_ptr + columns, mask=columns < WIDTH, other=0.0)
+    else:
+        values = tl.load(parameter_ptr + columns)
+    return values.to(tl.float32)
 
 
 @triton.jit
@@ -24,13 +66,17 @@ def load_sum(
     residual_rows,
     columns,
     mask,
+    x_bias,
     keep,
     keep_scale,
+    HAS_X_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
-    """residual + dropout(x) in fp32; 0 outside the mask. # [BLOCK_M, BLOCK_N]"""
+    """residual + dropout(x + x_bias) in fp32; 0 in columns beyond the width. # [M, N]"""
     total = tl.load(x_ptr + x_rows + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_X_BIAS:
+        total += x_bias
     if HAS_DROPOUT:
         total = tl.where(keep, total * keep_scale, 0.0)
     if HAS_RESIDUAL:
@@ -39,9 +85,10 @@ def load_sum(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def add_layer_norm_forward_kernel(
     x_ptr,
+    x_bias_ptr,
     residual_ptr,
     weight_ptr,
     bias_ptr,
@@ -51,7 +98,6 @@ def add_layer_norm_forward_kernel(
     mean_ptr,
     rstd_ptr,
     num_rows,
-    width,
     x_inner,
     x_outer_stride,
     x_inner_stride,
@@ -61,43 +107,54 @@ def add_layer_norm_forward_kernel(
     eps,
     keep_scale,
     keep_threshold,
+    IS_RMS: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SUM: tl.constexpr,
     ONE_STRIDE: tl.constexpr,
-    WHOLE_COUNTERS: tl.constexpr,
-    SINGLE_BLOCK: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Rows [pid * BLOCK_M, (pid + 1) * BLOCK_M): output, statistics and, with HAS_SUM, the sum."""
+    WHOLE_COUNTERS: tl.constexpr = WIDTH % 4 == 0
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = (rows < num_rows)[:, None]
-    x_rows = row_offsets(rows, x_inner, x_outer_stride, x_inner_stride, ONE_STRIDE)
+    x_rows = row_offsets(
+        rows, x_inner, x_outer_stride * STRIDE_UNIT, x_inner_stride * STRIDE_UNIT, ONE_STRIDE
+    )
     residual_rows = x_rows
     if HAS_RESIDUAL:
         residual_rows = row_offsets(
-            rows, residual_inner, residual_outer_stride, residual_inner_stride, ONE_STRIDE
+            rows,
+            residual_inner,
+            residual_outer_stride * STRIDE_UNIT,
+            residual_inner_stride * STRIDE_UNIT,
+            ONE_STRIDE,
         )
-    out_rows = (rows * width)[:, None]
+    out_rows = (rows * WIDTH)[:, None]
     offs = tl.arange(0, BLOCK_N)[None, :]
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
     # Chan et al.: the mean and the squared deviations of a block join those of the blocks before
-    # it. No square of a large mean is ever taken.
+    # it. No square of a large mean is ever taken. RMSNorm has squares without a mean.
     mean = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, width, BLOCK_N):
+    for start in tl.range(0, WIDTH, BLOCK_N):
         columns = start + offs
-        mask = row_mask & (columns < width)
+        mask = tile_mask(rows, num_rows, columns, WIDTH, BLOCK_M, BLOCK_N)
+        x_bias = 0.0
+        if HAS_X_BIAS:
+            x_bias = load_parameter(x_bias_ptr, columns, WIDTH, BLOCK_N)
         keep = mask
         if HAS_DROPOUT:
-            keep = dropout_keep(seed, keep_threshold, rows, start, width, BLOCK_N, WHOLE_COUNTERS)
+            keep = dropout_keep(seed, keep_threshold, rows, start, WIDTH, BLOCK_N, WHOLE_COUNTERS)
         total = load_sum(
             x_ptr,
             residual_ptr,
@@ -105,8 +162,10 @@ def add_layer_norm_forward_kernel(
             residual_rows,
             columns,
             mask,
+            x_bias,
             keep,
             keep_scale,
+            HAS_X_BIAS,
             HAS_RESIDUAL,
             HAS_DROPOUT,
         )
@@ -115,55 +174,64 @@ def add_layer_norm_forward_kernel(
             rounded = total.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + out_rows + columns, rounded, mask=mask)
             total = rounded.to(tl.float32)
-        count = tl.minimum(width - start, BLOCK_N).to(tl.float32)
-        block_mean = tl.sum(total, 1) / count
-        deviation = tl.where(columns < width, total - block_mean[:, None], 0.0)
-        share = count / (start + count)
-        delta = block_mean - mean
-        squares += tl.sum(deviation * deviation, 1) + delta * delta * (start * share)
-        mean += delta * share
-    rstd = tl.rsqrt(squares / width + eps)
-    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+        if IS_RMS:
+            squares += tl.sum(total * total, 1)
+        else:
+            count = tl.cast(tl.minimum(WIDTH - start, BLOCK_N), tl.float32)
+            block_mean = tl.sum(total, 1) / count
+            deviation = total - block_mean[:, None]
+            if WIDTH % BLOCK_N != 0:
+                deviation = tl.where(columns < WIDTH, deviation, 0.0)
+            share = count / (start + count)
+            delta = block_mean - mean
+            squares += tl.sum(deviation * deviation, 1) + delta * delta * (start * share)
+            mean += delta * share
+    rstd = tl.rsqrt(squares / WIDTH + eps)
+    if not IS_RMS:
+        tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
-    for start in range(0, width, BLOCK_N):
+    if HAS_SUM and WIDTH > BLOCK_N:
+        # The sum comes back from the cache, perhaps to another thread than wrote it.
+        tl.debug_barrier()
+    for start in tl.range(0, WIDTH, BLOCK_N):
         columns = start + offs
-        mask = row_mask & (columns < width)
-        if not SINGLE_BLOCK:
-            keep = mask
-            if HAS_DROPOUT:
-                keep = dropout_keep(
-                    seed, keep_threshold, rows, start, width, BLOCK_N, WHOLE_COUNTERS
-                )
-            total = load_sum(
-                x_ptr,
-                residual_ptr,
-                x_rows,
-                residual_rows,
-                columns,
-                mask,
-                keep,
-                keep_scale,
-                HAS_RESIDUAL,
-                HAS_DROPOUT,
-            )
+        mask = tile_mask(rows, num_rows, columns, WIDTH, BLOCK_M, BLOCK_N)
+        if WIDTH > BLOCK_N:
             if HAS_SUM:
-                total = total.to(sum_ptr.dtype.element_ty).to(tl.float32)
-        output = (total - mean[:, None]) * rstd[:, None]
+                total = tl.load(sum_ptr + out_rows + columns, mask=mask, other=0.0).to(tl.float32)
+            else:
+                x_bias = 0.0
+                if HAS_X_BIAS:
+                    x_bias = load_parameter(x_bias_ptr, columns, WIDTH, BLOCK_N)
+                keep = mask
+                if HAS_DROPOUT:
+                    keep = dropout_keep(
+                        seed, keep_threshold, rows, start, WIDTH, BLOCK_N, WHOLE_COUNTERS
+                    )
+                total = load_sum(
+                    x_ptr,
+                    residual_ptr,
+                    x_rows,
+                    residual_rows,
+                    columns,
+                    mask,
+                    x_bias,
+                    keep,
+                    keep_scale,
+                    HAS_X_BIAS,
+                    HAS_RESIDUAL,
+                    HAS_DROPOUT,
+                )
+        output = total
+        if not IS_RMS:
+            output -= mean[:, None]
+        output *= rstd[:, None]
         if HAS_WEIGHT:
-            output *= tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+            output *= load_parameter(weight_ptr, columns, WIDTH, BLOCK_N)
         if HAS_BIAS:
-            output += tl.load(bias_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+            output += load_parameter(bias_ptr, columns, WIDTH, BLOCK_N)
         tl.store(output_ptr + out_rows + columns, output.to(output_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def times_weight(grad_output, weight_ptr, columns, width, HAS_WEIGHT: tl.constexpr):
-    """g = grad_output * weight in fp32. # [BLOCK_M, BLOCK_N]"""
-    g = grad_output.to(tl.float32)
-    if HAS_WEIGHT:
-        g *= tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
-    return g
 
 
 @triton.jit
@@ -176,47 +244,159 @@ def backward_tile(
     residual_rows,
     columns,
     mask,
+    x_bias,
     keep,
     keep_scale,
     mean,
     rstd,
+    IS_RMS: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    X_IS_SUM: tl.constexpr,
 ):
-    """grad_output as it was loaded, and y, the normalised sum; both 0 outside the mask."""
-    total = load_sum(
+    """grad_output in fp32, 0 outside the mask, and y, the normalised sum. # [M, N] each"""
+    y = load_sum(
         x_ptr,
         residual_ptr,
         x_rows,
         residual_rows,
         columns,
         mask,
+        x_bias,
         keep,
         keep_scale,
+        HAS_X_BIAS,
         HAS_RESIDUAL,
-        HAS_DROPOUT and not X_IS_SUM,
+        HAS_DROPOUT,
     )
-    y = tl.where(mask, (total - mean[:, None]) * rstd[:, None], 0.0)
+    if not IS_RMS:
+        y -= mean[:, None]
+    y *= rstd[:, None]
     grad_output = tl.load(grad_output_ptr + grad_output_rows + columns, mask=mask, other=0.0)
-    return grad_output, y
+    return grad_output.to(tl.float32), y
 
 
-@triton.jit
-def add_layer_norm_backward_kernel(
+@triton.jit(do_not_specialize=_NUMBERS)
+def add_layer_norm_means_kernel(
     grad_output_ptr,
-    grad_sum_ptr,
     x_ptr,
+    x_bias_ptr,
     residual_ptr,
     mean_ptr,
     rstd_ptr,
     weight_ptr,
     seed_ptr,
+    mean_g_ptr,
+    mean_gy_ptr,
+    num_rows,
+    grad_output_inner,
+    grad_output_outer_stride,
+    grad_output_inner_stride,
+    x_inner,
+    x_outer_stride,
+    x_inner_stride,
+    residual_inner,
+    residual_outer_stride,
+    residual_inner_stride,
+    keep_scale,
+    keep_threshold,
+    IS_RMS: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    ONE_STRIDE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Of a row that is too long for a tile: the means of g and of g * y."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    grad_output_rows = row_offsets(
+        rows,
+        grad_output_inner,
+        grad_output_outer_stride * STRIDE_UNIT,
+        grad_output_inner_stride * STRIDE_UNIT,
+        ONE_STRIDE,
+    )
+    x_rows = row_offsets(
+        rows, x_inner, x_outer_stride * STRIDE_UNIT, x_inner_stride * STRIDE_UNIT, ONE_STRIDE
+    )
+    residual_rows = x_rows
+    if HAS_RESIDUAL:
+        residual_rows = row_offsets(
+            rows,
+            residual_inner,
+            residual_outer_stride * STRIDE_UNIT,
+            residual_inner_stride * STRIDE_UNIT,
+            ONE_STRIDE,
+        )
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    mean = tl.zeros((1,), tl.float32)
+    if not IS_RMS:
+        mean = tl.load(mean_ptr + rows)
+    rstd = tl.load(rstd_ptr + rows)
+    sum_g = tl.zeros((1, BLOCK_N), tl.float32)
+    sum_gy = tl.zeros((1, BLOCK_N), tl.float32)
+    for start in tl.range(0, WIDTH, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)[None, :]
+        mask = tile_mask(rows, num_rows, columns, WIDTH, 1, BLOCK_N)
+        x_bias = 0.0
+        if HAS_X_BIAS:
+            x_bias = load_parameter(x_bias_ptr, columns, WIDTH, BLOCK_N)
+        keep = mask
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed, keep_threshold, rows, start, WIDTH, BLOCK_N, WIDTH % 4 == 0)
+        g, y = backward_tile(
+            grad_output_ptr,
+            x_ptr,
+            residual_ptr,
+            grad_output_rows,
+            x_rows,
+            residual_rows,
+            columns,
+            mask,
+            x_bias,
+            keep,
+            keep_scale,
+            mean,
+            rstd,
+            IS_RMS,
+            HAS_X_BIAS,
+            HAS_RESIDUAL,
+            HAS_DROPOUT,
+        )
+        if HAS_WEIGHT:
+            g *= load_parameter(weight_ptr, columns, WIDTH, BLOCK_N)
+        if not IS_RMS:
+            sum_g += g
+        sum_gy += g * y
+    if not IS_RMS:
+        tl.store(mean_g_ptr + rows, tl.sum(sum_g, 1) / WIDTH)
+    tl.store(mean_gy_ptr + rows, tl.sum(sum_gy, 1) / WIDTH)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def add_layer_norm_backward_kernel(
+    grad_output_ptr,
+    grad_sum_ptr,
+    x_ptr,
+    x_bias_ptr,
+    residual_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    seed_ptr,
+    mean_g_ptr,
+    mean_gy_ptr,
     grad_x_ptr,
     grad_residual_ptr,
-    partial_ptr,
+    x_bias_partial_ptr,
+    weight_partial_ptr,
+    bias_partial_ptr,
     num_rows,
-    width,
     grad_output_inner,
     grad_output_outer_stride,
     grad_output_inner_stride,
@@ -231,184 +411,176 @@ def add_layer_norm_backward_kernel(
     residual_inner_stride,
     keep_scale,
     keep_threshold,
+    IS_RMS: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_GRAD_RESIDUAL: tl.constexpr,
-    HAS_PARAMETERS: tl.constexpr,
+    NEED_X_BIAS: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
     X_IS_SUM: tl.constexpr,
     ONE_STRIDE: tl.constexpr,
-    WHOLE_COUNTERS: tl.constexpr,
-    SINGLE_BLOCK: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """Gradients of the inputs, and this program's rows of the partial parameter gradients.
 
-    Program p takes tiles p, p + programs, ... and owns partial_ptr[0, p] (weight) and
-    partial_ptr[1, p] (bias), fp32 [2, programs, width]: nothing is shared, so the sums are made in
-    one order.
+    Program p takes tiles p, p + programs, ... of rows, in the columns of its second index, and
+    owns row p of each partial sum, fp32 [programs, WIDTH]: nothing is shared, so the sums are made
+    in one order.
     """
+    SINGLE_BLOCK: tl.constexpr = WIDTH <= BLOCK_N
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    offs = tl.arange(0, BLOCK_N)[None, :]
+    start = 0
+    if not SINGLE_BLOCK:
+        start = tl.program_id(1) * BLOCK_N
+    columns = start + tl.arange(0, BLOCK_N)[None, :]
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    weight_partial_ptr = partial_ptr
-    bias_partial_ptr = partial_ptr
-    if HAS_PARAMETERS:
-        weight_partial_ptr = partial_ptr + pid.to(tl.int64) * width
-        bias_partial_ptr = partial_ptr + (programs + pid).to(tl.int64) * width
+    x_bias = 0.0
+    if HAS_X_BIAS:
+        x_bias = load_parameter(x_bias_ptr, columns, WIDTH, BLOCK_N)
+    weight = 1.0
+    if HAS_WEIGHT:
+        weight = load_parameter(weight_ptr, columns, WIDTH, BLOCK_N)
+    # Summed over BLOCK_M once, after the last tile.
+    grad_x_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     grad_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     grad_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-    for tile in range(pid, tl.cdiv(num_rows, BLOCK_M), programs):
+    for tile in tl.range(pid, tl.cdiv(num_rows, BLOCK_M), programs, num_stages=NUM_STAGES):
         rows = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_mask = (rows < num_rows)[:, None]
+        mask = tile_mask(rows, num_rows, columns, WIDTH, BLOCK_M, BLOCK_N)
         grad_output_rows = row_offsets(
-            rows, grad_output_inner, grad_output_outer_stride, grad_output_inner_stride, ONE_STRIDE
+            rows,
+            grad_output_inner,
+            grad_output_outer_stride * STRIDE_UNIT,
+            grad_output_inner_stride * STRIDE_UNIT,
+            ONE_STRIDE,
         )
-        x_rows = row_offsets(rows, x_inner, x_outer_stride, x_inner_stride, ONE_STRIDE)
+        x_rows = row_offsets(
+            rows, x_inner, x_outer_stride * STRIDE_UNIT, x_inner_stride * STRIDE_UNIT, ONE_STRIDE
+        )
         residual_rows = x_rows
         if HAS_RESIDUAL:
             residual_rows = row_offsets(
-                rows, residual_inner, residual_outer_stride, residual_inner_stride, ONE_STRIDE
+                rows,
+                residual_inner,
+                residual_outer_stride * STRIDE_UNIT,
+                residual_inner_stride * STRIDE_UNIT,
+                ONE_STRIDE,
             )
-        grad_sum_rows = x_rows
+        out_rows = (rows * WIDTH)[:, None]
+        mean = tl.zeros((BLOCK_M,), tl.float32)
+        if not IS_RMS:
+            mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+        keep = mask
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed, keep_threshold, rows, start, WIDTH, BLOCK_N, WIDTH % 4 == 0)
+        grad_output, y = backward_tile(
+            grad_output_ptr,
+            x_ptr,
+            residual_ptr,
+            grad_output_rows,
+            x_rows,
+            residual_rows,
+            columns,
+            mask,
+            x_bias,
+            keep,
+            keep_scale,
+            mean,
+            rstd,
+            IS_RMS,
+            HAS_X_BIAS,
+            HAS_RESIDUAL,
+            HAS_DROPOUT and not X_IS_SUM,
+        )
+        if NEED_WEIGHT:
+            grad_weight += grad_output * y
+        if NEED_BIAS:
+            grad_bias += grad_output
+        g = grad_output
+        if HAS_WEIGHT:
+            g *= weight
+        if SINGLE_BLOCK:
+            mean_gy = tl.sum(g * y, 1) / WIDTH
+        else:
+            mean_gy = tl.load(mean_gy_ptr + rows, mask=rows < num_rows, other=0.0)
+        grad = g - y * mean_gy[:, None]
+        if not IS_RMS:
+            if SINGLE_BLOCK:
+                mean_g = tl.sum(g, 1) / WIDTH
+            else:
+                mean_g = tl.load(mean_g_ptr + rows, mask=rows < num_rows, other=0.0)
+            grad = (g - mean_g[:, None]) - y * mean_gy[:, None]
+        grad *= rstd[:, None]
         if HAS_GRAD_SUM:
             grad_sum_rows = row_offsets(
-                rows, grad_sum_inner, grad_sum_outer_stride, grad_sum_inner_stride, ONE_STRIDE
+                rows,
+                grad_sum_inner,
+                grad_sum_outer_stride * STRIDE_UNIT,
+                grad_sum_inner_stride * STRIDE_UNIT,
+                ONE_STRIDE,
             )
-        out_rows = (rows * width)[:, None]
-        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
-
-        mean_g = tl.zeros((BLOCK_M,), tl.float32)
-        mean_gy = tl.zeros((BLOCK_M,), tl.float32)
-        grad_output = tl.zeros((BLOCK_M, BLOCK_N), grad_output_ptr.dtype.element_ty)
-        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        keep = (offs < width) & row_mask
-        for start in range(0, width, BLOCK_N):
-            columns = start + offs
-            mask = row_mask & (columns < width)
-            if HAS_DROPOUT:
-                keep = dropout_keep(
-                    seed, keep_threshold, rows, start, width, BLOCK_N, WHOLE_COUNTERS
-                )
-            grad_output, y = backward_tile(
-                grad_output_ptr,
-                x_ptr,
-                residual_ptr,
-                grad_output_rows,
-                x_rows,
-                residual_rows,
-                columns,
-                mask,
-                keep,
-                keep_scale,
-                mean,
-                rstd,
-                HAS_RESIDUAL,
-                HAS_DROPOUT,
-                X_IS_SUM,
-            )
-            g = times_weight(grad_output, weight_ptr, columns, width, HAS_WEIGHT)
-            mean_g += tl.sum(g, 1)
-            mean_gy += tl.sum(g * y, 1)
-        mean_g = (mean_g / width)[:, None]
-        mean_gy = (mean_gy / width)[:, None]
-
-        for start in range(0, width, BLOCK_N):
-            columns = start + offs
-            mask = row_mask & (columns < width)
-            if not SINGLE_BLOCK:
-                if HAS_DROPOUT:
-                    keep = dropout_keep(
-                        seed, keep_threshold, rows, start, width, BLOCK_N, WHOLE_COUNTERS
-                    )
-                grad_output, y = backward_tile(
-                    grad_output_ptr,
-                    x_ptr,
-                    residual_ptr,
-                    grad_output_rows,
-                    x_rows,
-                    residual_rows,
-                    columns,
-                    mask,
-                    keep,
-                    keep_scale,
-                    mean,
-                    rstd,
-                    HAS_RESIDUAL,
-                    HAS_DROPOUT,
-                    X_IS_SUM,
-                )
-            # Not kept from the first walk: grad_output takes half of the registers, or fewer.
-            g = times_weight(grad_output, weight_ptr, columns, width, HAS_WEIGHT)
-            grad = (g - mean_g - y * mean_gy) * rstd[:, None]
-            if HAS_GRAD_SUM:
-                grad_sum = tl.load(grad_sum_ptr + grad_sum_rows + columns, mask=mask, other=0.0)
-                grad += grad_sum.to(tl.float32)
-            if HAS_GRAD_RESIDUAL:
-                tl.store(
-                    grad_residual_ptr + out_rows + columns,
-                    grad.to(grad_residual_ptr.dtype.element_ty),
-                    mask=mask,
-                )
-            if HAS_DROPOUT:
-                grad = tl.where(keep, grad * keep_scale, 0.0)
+            grad_sum = tl.load(grad_sum_ptr + grad_sum_rows + columns, mask=mask, other=0.0)
+            grad += grad_sum.to(tl.float32)
+        if HAS_GRAD_RESIDUAL:
             tl.store(
-                grad_x_ptr + out_rows + columns, grad.to(grad_x_ptr.dtype.element_ty), mask=mask
+                grad_residual_ptr + out_rows + columns,
+                grad.to(grad_residual_ptr.dtype.element_ty),
+                mask=mask,
             )
-            if HAS_PARAMETERS:
-                if SINGLE_BLOCK:
-                    # Summed over BLOCK_M once, after the last tile.
-                    grad_weight += grad_output.to(tl.float32) * y
-                    grad_bias += grad_output.to(tl.float32)
-                else:
-                    flat = start + tl.arange(0, BLOCK_N)
-                    inside = flat < width
-                    before = inside & (tile != pid)
-                    weight_sum = tl.sum(grad_output.to(tl.float32) * y, 0)
-                    weight_sum += tl.load(weight_partial_ptr + flat, mask=before, other=0.0)
-                    bias_sum = tl.sum(grad_output.to(tl.float32), 0)
-                    bias_sum += tl.load(bias_partial_ptr + flat, mask=before, other=0.0)
-                    tl.store(weight_partial_ptr + flat, weight_sum, mask=inside)
-                    tl.store(bias_partial_ptr + flat, bias_sum, mask=inside)
-        if HAS_PARAMETERS and not SINGLE_BLOCK:
-            # The next tile may read what another thread of this program wrote.
-            tl.debug_barrier()
+        if HAS_DROPOUT:
+            grad = tl.where(keep, grad * keep_scale, 0.0)
+        if NEED_X_BIAS:
+            grad_x_bias += grad
+        tl.store(grad_x_ptr + out_rows + columns, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
-    if HAS_PARAMETERS and SINGLE_BLOCK:
-        flat = tl.arange(0, BLOCK_N)
-        tl.store(weight_partial_ptr + flat, tl.sum(grad_weight, 0), mask=flat < width)
-        tl.store(bias_partial_ptr + flat, tl.sum(grad_bias, 0), mask=flat < width)
+    own = pid.to(tl.int64) * WIDTH + start + tl.arange(0, BLOCK_N)
+    inside = start + tl.arange(0, BLOCK_N) < WIDTH
+    if NEED_X_BIAS:
+        tl.store(x_bias_partial_ptr + own, tl.sum(grad_x_bias, 0), mask=inside)
+    if NEED_WEIGHT:
+        tl.store(weight_partial_ptr + own, tl.sum(grad_weight, 0), mask=inside)
+    if NEED_BIAS:
+        tl.store(bias_partial_ptr + own, tl.sum(grad_bias, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("programs",))
 def add_layer_norm_reduce_kernel(
     partial_ptr,
-    grad_weight_ptr,
-    grad_bias_ptr,
+    first_ptr,
+    second_ptr,
+    third_ptr,
     programs,
-    width,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sums the programs' rows of partial_ptr[k], the program's second index, to a gradient."""
+    """Sums the programs' rows of partial_ptr[k], the program's second index, to gradient k."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, programs, BLOCK_M):
         rows = start + offs_m
-        offsets = ((k * programs + rows) * width)[:, None] + columns[None, :]
-        mask = (rows < programs)[:, None] & (columns < width)[None, :]
+        offsets = ((k.to(tl.int64) * programs + rows) * WIDTH)[:, None] + columns[None, :]
+        mask = (rows < programs)[:, None] & (columns < WIDTH)[None, :]
         total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     gradient = tl.sum(total, 0)
     if k == 0:
-        tl.store(grad_weight_ptr + columns, gradient, mask=columns < width)
+        tl.store(first_ptr + columns, gradient, mask=columns < WIDTH)
+    elif k == 1:
+        tl.store(second_ptr + columns, gradient, mask=columns < WIDTH)
     else:
-        tl.store(grad_bias_ptr + columns, gradient, mask=columns < width)
+        tl.store(third_ptr + columns, gradient, mask=columns < WIDTH)
