@@ -11,14 +11,6 @@ namespace {
 
 using at::Tensor;
 
-// Elements per task below which threads cost more than they save.
-constexpr int64_t kGrain = 16384;
-
-// Gradients of parameters are summed in chunks of rows: in an order that depends on the shape
-// alone, so that they are the same bits for any number of threads.
-constexpr int64_t kMaxChunks = 64;
-constexpr int64_t kMinChunkRows = 16;
-
 int64_t row_count(const Tensor& x) { return x.numel() / std::max<int64_t>(x.size(-1), 1); }
 
 // A parameter in fp32, null where there is none. `keep_alive` owns what the result points to.
@@ -76,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_cpu(
   p.seed = dropout_seed("add_layer_norm", seed, dropout_p);
   p.dtype = kernel_dtype(dtype);
 
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(width, 1));
+  const int64_t grain = task_grain(width);
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     FUSED_ATTN_CALL_KERNEL(add_layer_norm_forward, p, begin, end);
   });
@@ -96,8 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
   const Tensor rstd_rows = rstd.contiguous();
   const auto fp32 = x.options().dtype(at::kFloat);
 
-  const int64_t chunk_rows = std::max(kMinChunkRows, (rows + kMaxChunks - 1) / kMaxChunks);
-  const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+  const auto [chunk_rows, chunks] = row_chunks(rows);
   Tensor grad_x = at::empty(x.sizes(), grad_output.options());
   Tensor grad_residual = grad_residual_dtype
                              ? at::empty(x.sizes(), x.options().dtype(*grad_residual_dtype))
@@ -143,12 +134,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
   p.seed = dropout_seed("add_layer_norm", seed, dropout_p);
   p.dtype = kernel_dtype(dtype);
 
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(width * chunk_rows, 1));
+  const int64_t grain = task_grain(width * chunk_rows);
   at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
     FUSED_ATTN_CALL_KERNEL(add_layer_norm_backward, p, begin, end);
   });
-  const int64_t columns = std::max<int64_t>(64, kGrain / std::max<int64_t>(chunks, 1));
-  at::parallel_for(0, width, columns, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, width, column_grain(chunks), [&](int64_t begin, int64_t end) {
     for (int k = 0; k < 3; ++k)
       if (needed[k])
         FUSED_ATTN_CALL_KERNEL(add_layer_norm_reduce, *partials[k], chunks, width, totals[k], begin,

@@ -343,9 +343,7 @@ void add_layer_norm_backward(const AddLayerNormBackward& p, int64_t begin, int64
 
 void add_layer_norm_reduce(const float* partial, int64_t chunks, int64_t width, float* total,
                            int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) total[i] = 0.0f;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t i = begin; i < end; ++i) total[i] += partial[chunk * width + i];
+  sum_chunks(partial, chunks, width, total, begin, end);
 }
 
 }  // namespace FUSED_ATTN_ISA

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
@@ -71,6 +73,39 @@ inline StridedRows strided_rows(const at::Tensor& tensor, at::Tensor& keep_alive
 
 inline StridedRows strided_rows(const std::optional<at::Tensor>& tensor, at::Tensor& keep_alive) {
   return tensor ? strided_rows(*tensor, keep_alive) : StridedRows{};
+}
+
+// A parameter of rows of x as kernels read it: fp32, contiguous, and filled where there is none.
+inline at::Tensor parameter(const std::optional<at::Tensor>& given, float otherwise,
+                            const at::Tensor& x) {
+  if (given) return given->to(at::kFloat).contiguous();
+  const auto options = x.options().dtype(at::kFloat);
+  return otherwise == 0.0f ? at::zeros({x.size(-1)}, options) : at::ones({x.size(-1)}, options);
+}
+
+// Elements per task below which threads cost more than they save.
+constexpr int64_t kGrain = 16384;
+
+// Tasks of `elements` each that a thread takes at least.
+inline int64_t task_grain(int64_t elements) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1));
+}
+
+// The same for the columns of a sum over chunks: no thread writes to a cache line of another's.
+inline int64_t column_grain(int64_t chunks) { return std::max<int64_t>(64, task_grain(chunks)); }
+
+// Gradients of parameters are summed in chunks of rows: in an order that depends on the shape
+// alone, so that they are the same bits for any number of threads.
+struct RowChunks {
+  int64_t chunk_rows;
+  int64_t chunks;
+};
+
+inline RowChunks row_chunks(int64_t rows) {
+  constexpr int64_t kMaxChunks = 64;
+  constexpr int64_t kMinChunkRows = 16;
+  const int64_t chunk_rows = std::max(kMinChunkRows, (rows + kMaxChunks - 1) / kMaxChunks);
+  return {chunk_rows, (rows + chunk_rows - 1) / chunk_rows};
 }
 
 }  // namespace fused_attn

@@ -85,6 +85,15 @@ FUSED_ATTN_INLINE const T* row_of(const StridedRows& rows, int64_t r) {
   return data + (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride;
 }
 
+// total[i] = sum over chunks of partial[chunk, i], in the order of the chunks, for columns [begin,
+// end) of `width`.
+static inline void sum_chunks(const float* partial, int64_t chunks, int64_t width, float* total,
+                              int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) total[i] = 0.0f;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t i = begin; i < end; ++i) total[i] += partial[chunk * width + i];
+}
+
 template <bool kHasDropout>
 FUSED_ATTN_INLINE Vec drop(Vec value, const uint32_t* keep, int64_t i, Vec scale) {
   if constexpr (kHasDropout) return keep_or_zero(value * scale, keep + i);
