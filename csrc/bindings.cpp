@@ -37,6 +37,13 @@ TORCH_LIBRARY(fused_attn_C, m) {
       "bool is_rms, bool x_is_sum, ScalarType? grad_residual_dtype, bool need_x_bias, "
       "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "bias_activation_dropout_forward(Tensor x, Tensor? bias, Tensor? residual, Tensor? seed, "
+      "str activation, bool gated, float dropout_p) -> Tensor");
+  m.def(
+      "bias_activation_dropout_backward(Tensor grad_output, Tensor? x, Tensor? bias, Tensor? seed, "
+      "str activation, bool gated, float dropout_p, bool need_grad_x, bool need_grad_bias) -> "
+      "(Tensor, Tensor)");
+  m.def(
       "beam_search_step(Tensor logits, Tensor scores, int eos_token) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
   m.def(

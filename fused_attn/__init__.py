@@ -6,6 +6,7 @@ from .ops import (
     add_layer_norm,
     attention,
     beam_search_step,
+    bias_activation_dropout,
     decode_attention,
 )
 
@@ -18,5 +19,6 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "beam_search_step",
+    "bias_activation_dropout",
     "decode_attention",
 ]

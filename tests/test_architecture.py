@@ -153,7 +153,14 @@ def test_one_name_finds_everything_about_an_op(op: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "add_layer_norm", "beam_search_step", "decode_attention"]
+    "name",
+    [
+        "add_layer_norm",
+        "attention",
+        "beam_search_step",
+        "bias_activation_dropout",
+        "decode_attention",
+    ],
 )
 def test_public_functions_are_documented(name: str) -> None:
     function = getattr(fused_attn, name)

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _as_line(row: Row) -> str:
-    head = f"{row.verdict:8}{row.op:16}{row.backend:8}{row.dtype:10}{row.case:32}"
+    head = f"{row.verdict:8}{row.op:24}{row.backend:8}{row.dtype:10}{row.case:32}"
     if row.comparisons and row.verdict == "passed":
         worst = max(row.comparisons, key=lambda c: c.share)
         return (
@@ -98,12 +98,12 @@ def _as_json(row: Row) -> str:
 
 
 def _print_summary(rows: list[Row]) -> None:
-    print(f"{'op':16}{'backend':10}{'passed':>8}{'failed':>8}{'refused':>9}{'errors':>8}  worst")
+    print(f"{'op':24}{'backend':10}{'passed':>8}{'failed':>8}{'refused':>9}{'errors':>8}  worst")
     for op, backend in sorted({(row.op, row.backend) for row in rows}):
         group = [row for row in rows if (row.op, row.backend) == (op, backend)]
         count = Counter(row.verdict for row in group)
         worst = max((c.share for row in group for c in row.comparisons), default=0.0)
         print(
-            f"{op:16}{backend:10}{count['passed']:8}{count['failed']:8}{count['refused']:9}"
+            f"{op:24}{backend:10}{count['passed']:8}{count['failed']:8}{count['refused']:9}"
             f"{count['error']:8}  {worst:.0%} of the error budget"
         )

@@ -3,6 +3,7 @@
 from .add_layer_norm import add_layer_norm
 from .attention import BlockMask, attention
 from .beam_search import BeamSearchStep, beam_search_step
+from .bias_activation_dropout import bias_activation_dropout
 from .decode_attention import decode_attention
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "beam_search_step",
+    "bias_activation_dropout",
     "decode_attention",
 ]

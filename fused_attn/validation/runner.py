@@ -15,7 +15,13 @@ from fused_attn.ops._cases import Case
 from .oracle import check_case
 from .tolerance import Comparison
 
-OPS = ("add_layer_norm", "attention", "beam_search", "decode_attention")
+OPS = (
+    "add_layer_norm",
+    "attention",
+    "beam_search",
+    "bias_activation_dropout",
+    "decode_attention",
+)
 
 
 @dataclass(frozen=True)
