@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Activation = Literal["relu", "gelu"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "reglu", "geglu", "swiglu"]
+Norm = Literal["layer_norm", "rms_norm", "power_norm", "batch_norm"]
 Positions = Literal["sinusoidal", "learned"]
 TiedEmbeddings = Literal["none", "output", "all"]
 
@@ -37,6 +38,8 @@ class TransformerConfig:
     attention_dropout: float = 0.0
     """Of the attention weights."""
     activation: Activation = "relu"
+    """The last four are gated: they double the first linear layer's outputs."""
+    norm: Norm = "layer_norm"
     norm_first: bool = False
     """Normalise each sublayer's input (and the stacks' outputs) instead of its sum."""
     positions: Positions = "sinusoidal"
@@ -75,6 +78,7 @@ class TransformerConfig:
             raise TypeError(f"{_NAME}: norm_first must be a bool, got {self.norm_first!r}")
         for name, choices in (
             ("activation", get_args(Activation)),
+            ("norm", get_args(Norm)),
             ("positions", get_args(Positions)),
             ("tie_embeddings", get_args(TiedEmbeddings)),
         ):

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_attn.nn import (
-    LayerNorm,
     MultiheadAttention,
     TransformerDecoder,
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
+    make_norm,
 )
 
 from ._positions import LearnedPositions, SinusoidalPositions
@@ -342,9 +342,12 @@ def _layer_arguments(config: TransformerConfig) -> dict[str, Any]:
         "layer_norm_eps": config.layer_norm_eps,
         "batch_first": True,
         "norm_first": config.norm_first,
+        "norm": config.norm,
     }
 
 
-def _final_norm(config: TransformerConfig) -> LayerNorm | None:
+def _final_norm(config: TransformerConfig) -> nn.Module | None:
     # A post-norm layer ends with a normalisation of its own.
-    return LayerNorm(config.d_model, eps=config.layer_norm_eps) if config.norm_first else None
+    if not config.norm_first:
+        return None
+    return make_norm(config.norm, config.d_model, config.layer_norm_eps)

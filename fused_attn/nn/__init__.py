@@ -1,7 +1,10 @@
 """Drop-in replacements of ``torch.nn``'s attention and Transformer modules."""
 
-from .layer_norm import AddLayerNorm, LayerNorm
+from ._residual import make_norm
+from .layer_norm import AddLayerNorm, LayerNorm, RMSNorm
+from .masked_batch_norm import MaskedBatchNorm
 from .multihead_attention import MultiheadAttention
+from .power_norm import PowerNorm
 from .transformer import Transformer
 from .transformer_decoder import TransformerDecoder, TransformerDecoderLayer
 from .transformer_encoder import TransformerEncoder, TransformerEncoderLayer
@@ -9,10 +12,14 @@ from .transformer_encoder import TransformerEncoder, TransformerEncoderLayer
 __all__ = [
     "AddLayerNorm",
     "LayerNorm",
+    "MaskedBatchNorm",
     "MultiheadAttention",
+    "PowerNorm",
+    "RMSNorm",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "make_norm",
 ]

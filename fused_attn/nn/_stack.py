@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ._masks import length_mask
-
-Activation = Callable[[Tensor], Tensor]
-
-
-def activation_function(name: str, activation: str | Activation) -> Activation:
-    """The function itself, or the one that the string names.
-
-    Raises:
-        ValueError: No activation has that name.
-    """
-    if not isinstance(activation, str):
-        return activation
-    if activation not in ("relu", "gelu"):
-        raise ValueError(
-            f"{name}: activation must be 'relu', 'gelu' or a callable, got {activation!r}"
-        )
-    return F.relu if activation == "relu" else F.gelu
+from ._linear import Product, is_plain, leaves_bias
+from ._masks import length_mask, padded_keys
+from ._residual import needs_padding
+from .multihead_attention import MultiheadAttention
 
 
 def detect_causal(mask: Tensor | None, is_causal: bool | None) -> bool:
@@ -56,3 +40,48 @@ def clear_padding(x: Tensor, lengths: Tensor | None, layers: nn.ModuleList) -> T
     batch_first = first.self_attn.batch_first
     padding = ~length_mask(lengths, x.size(1 if batch_first else 0))
     return x.masked_fill((padding if batch_first else padding.T)[..., None], 0.0)
+
+
+def attend(attention: Any, *inputs: Tensor, **masks: Any) -> Product:
+    """An attention's output, the bias of its last projection left to the caller where it can be."""
+    if is_plain(attention, MultiheadAttention) and leaves_bias(attention.out_proj):
+        output, _ = attention(*inputs, need_weights=False, output_bias=False, **masks)
+        return Product(output, attention.out_proj.bias)
+    return Product(attention(*inputs, need_weights=False, **masks)[0])
+
+
+def padding_for(
+    norms: tuple[nn.Module | None, ...],
+    x: Tensor,
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+    batch_first: bool,
+) -> Tensor | None:
+    """Which positions of ``x`` are padding, in its layout; None where no norm must know."""
+    if (key_padding_mask is None and lengths is None) or not needs_padding(*norms):
+        return None
+    is_batched = x.dim() == 3
+    if key_padding_mask is not None and not is_batched:
+        key_padding_mask = key_padding_mask.unsqueeze(0)
+    size = x.size(1) if is_batched and batch_first else x.size(0)
+    padding = padded_keys(size, key_padding_mask, lengths)  # [B, S]
+    if not is_batched:
+        return padding[0]
+    return padding if batch_first else padding.T
+
+
+def final_norm(
+    norm: nn.Module | None,
+    x: Tensor,
+    key_padding_mask: Tensor | None,
+    lengths: Tensor | None,
+    layers: nn.ModuleList,
+) -> Tensor:
+    """A stack's last normalisation; ``x`` where there is none."""
+    if norm is None:
+        return x
+    if not needs_padding(norm):
+        return norm(x)
+    first: Any = layers[0]
+    batch_first = first.self_attn.batch_first
+    return norm(x, padding=padding_for((norm,), x, key_padding_mask, lengths, batch_first))

@@ -100,6 +100,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         window: tuple[int | None, int | None] | None = None,
         align: Literal["upper_left", "lower_right"] = "upper_left",
         softcap: float | None = None,
+        output_bias: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from each query to the keys.
 
@@ -126,6 +127,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             align: Whether the diagonal of causality, ALiBi and window begins in the upper left
                 corner or ends in the lower right one.
             softcap: Bounds the logits smoothly to (-softcap, softcap).
+            output_bias: Add the output projection's bias; else that is left to the caller, who
+                has a kernel that adds it for nothing.
 
         Returns:
             The output, shaped as ``query``, and the weights or None: ``[B, T, S]`` averaged,
@@ -175,12 +178,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         if extra > 0:
             k, v = self._append_keys(k, v)
         if not need_weights:
-            output = self._attend(q, k, v, visibility)
+            output = self._attend(q, k, v, visibility, output_bias)
             return output if is_batched else output.squeeze(batch), None
         context, weights = self._attention(
             q, k, v, visibility, return_weights="mean" if average_attn_weights else True
         )
-        output = self._merge(context)
+        output = self._merge(context, output_bias)
         if is_batched:
             return output, weights
         return output.squeeze(batch), weights.squeeze(0)
@@ -330,9 +333,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         return self._merge(context)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, output_bias: bool = True
+    ) -> Tensor:
         """Output in the module's layout."""
-        return self._merge(self._attention(q, k, v, visibility, return_weights=False))
+        context = self._attention(q, k, v, visibility, return_weights=False)
+        return self._merge(context, output_bias)
 
     def _attention(
         self,
@@ -355,10 +361,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             return_weights=return_weights,
         )
 
-    def _merge(self, context: Tensor) -> Tensor:
+    def _merge(self, context: Tensor, output_bias: bool = True) -> Tensor:
         """Heads ``[B, H, T, D]`` to the output in the module's layout."""
         order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
-        return self.out_proj(context.permute(order).flatten(2))
+        merged = context.permute(order).flatten(2)
+        return self.out_proj(merged) if output_bias else F.linear(merged, self.out_proj.weight)
 
     def _split(self, packed: Tensor, count: int) -> tuple[Tensor, ...]:
         """``[B, T, count * E]`` in the module's layout into ``count`` views ``[B, H, T, D]``."""

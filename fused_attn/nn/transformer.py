@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layer_norm import LayerNorm
+from ._residual import Norm, make_norm
 from .transformer_decoder import TransformerDecoder, TransformerDecoderLayer
 from .transformer_encoder import TransformerEncoder, TransformerEncoderLayer
 
@@ -25,7 +25,7 @@ class Transformer(nn.Module):
         num_decoder_layers: Layers of the decoder.
         dim_feedforward: Width of the feed-forward networks' hidden layer.
         dropout: Probability of dropout in training.
-        activation: ``"relu"``, ``"gelu"`` or a function.
+        activation: As in ``TransformerEncoderLayer``.
         custom_encoder: Instead of the encoder; called as ``TransformerEncoder`` is.
         custom_decoder: Instead of the decoder; called as ``TransformerDecoder`` is.
         layer_norm_eps: Added to the variance.
@@ -34,9 +34,10 @@ class Transformer(nn.Module):
         bias: Learn a bias in projections and normalisations.
         device: Of the parameters.
         dtype: Of the parameters.
+        norm: As in ``TransformerEncoderLayer``.
 
     Raises:
-        ValueError: A number is out of range, or no activation has that name.
+        ValueError: A number is out of range, or no activation or norm has that name.
 
     Reference: Vaswani et al., 2017. https://arxiv.org/abs/1706.03762
     """
@@ -58,6 +59,8 @@ class Transformer(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        norm: Norm = "layer_norm",
     ) -> None:
         super().__init__()
         # In torch.nn's order: parameters are drawn in it and listed in it.
@@ -76,8 +79,11 @@ class Transformer(nn.Module):
                 bias,
                 device,
                 dtype,
+                norm=norm,
             )
-            encoder_norm = LayerNorm(d_model, layer_norm_eps, True, bias, device, dtype)
+            encoder_norm = make_norm(
+                norm, d_model, layer_norm_eps, bias, device, dtype, owner=_NAME
+            )
             self.encoder = TransformerEncoder(encoder_layer, num_encoder_layers, encoder_norm)
         if custom_decoder is not None:
             self.decoder = custom_decoder
@@ -94,8 +100,11 @@ class Transformer(nn.Module):
                 bias,
                 device,
                 dtype,
+                norm=norm,
             )
-            decoder_norm = LayerNorm(d_model, layer_norm_eps, True, bias, device, dtype)
+            decoder_norm = make_norm(
+                norm, d_model, layer_norm_eps, bias, device, dtype, owner=_NAME
+            )
             self.decoder = TransformerDecoder(decoder_layer, num_decoder_layers, decoder_norm)
         self.d_model = d_model
         self.nhead = nhead

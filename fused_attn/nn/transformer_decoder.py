@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from torch.nn import functional as F
 
 from fused_attn.ops import BlockMask
 
-from ._residual import Sublayer, active_p, connect
-from ._stack import activation_function, clear_padding, detect_causal
-from .layer_norm import AddLayerNorm
+from ._feed_forward import activation_function, feed_forward, hidden_width
+from ._linear import Product
+from ._residual import Norm, Sublayer, active_p, connect, make_norm
+from ._stack import attend, clear_padding, detect_causal, final_norm, padding_for
 from .multihead_attention import MultiheadAttention
 
 
@@ -26,16 +28,20 @@ class TransformerDecoderLayer(nn.Module):
         dim_feedforward: Width of the feed-forward network's hidden layer.
         dropout: Probability of dropout in training: of attention weights, of the hidden layer
             and of each branch before it is added.
-        activation: ``"relu"``, ``"gelu"`` or a function.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"`` or a function; or gated,
+            with twice as many outputs of the first linear layer: ``"glu"``, ``"reglu"``,
+            ``"geglu"``, ``"swiglu"``.
         layer_norm_eps: Added to the variance.
         batch_first: Sequences are ``[B, T, E]``, and not ``[T, B, E]``.
         norm_first: Normalise the input of each branch instead of the sum after it.
         bias: Learn a bias in projections and normalisations.
         device: Of the parameters.
         dtype: Of the parameters.
+        norm: ``"layer_norm"``, ``"rms_norm"``, ``"power_norm"``, ``"batch_norm"`` or a function
+            that makes a module from E.
 
     Raises:
-        ValueError: A number is out of range, or no activation has that name.
+        ValueError: A number is out of range, or no activation or norm has that name.
 
     Reference: Vaswani et al., 2017. https://arxiv.org/abs/1706.03762
     """
@@ -53,8 +59,19 @@ class TransformerDecoderLayer(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        norm: Norm = "layer_norm",
     ) -> None:
         super().__init__()
+        name = type(self).__name__
+        norm_options: dict[str, Any] = {
+            "width": d_model,
+            "eps": layer_norm_eps,
+            "bias": bias,
+            "device": device,
+            "dtype": dtype,
+            "owner": name,
+        }
         # In torch.nn's order: parameters are drawn in it and listed in it.
         self.self_attn = MultiheadAttention(
             d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=dtype
@@ -62,17 +79,18 @@ class TransformerDecoderLayer(nn.Module):
         self.multihead_attn = MultiheadAttention(
             d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=dtype
         )
-        self.linear1 = nn.Linear(d_model, dim_feedforward, bias, device, dtype)
+        hidden = hidden_width(dim_feedforward, activation)
+        self.linear1 = nn.Linear(d_model, hidden, bias, device, dtype)
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias, device, dtype)
         self.norm_first = norm_first
-        self.norm1 = AddLayerNorm(d_model, layer_norm_eps, True, bias, device, dtype)
-        self.norm2 = AddLayerNorm(d_model, layer_norm_eps, True, bias, device, dtype)
-        self.norm3 = AddLayerNorm(d_model, layer_norm_eps, True, bias, device, dtype)
+        self.norm1 = make_norm(norm, **norm_options)
+        self.norm2 = make_norm(norm, **norm_options)
+        self.norm3 = make_norm(norm, **norm_options)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
         self.dropout3 = nn.Dropout(dropout)
-        self.activation = activation_function("TransformerDecoderLayer", activation)
+        self.activation = activation_function(name, activation)
 
     def forward(
         self,
@@ -116,35 +134,38 @@ class TransformerDecoderLayer(nn.Module):
             ValueError: Shapes disagree.
         """
 
-        def self_attention(x: Tensor) -> Tensor:
-            return self.self_attn(
+        def self_attention(x: Tensor) -> Product:
+            return attend(
+                self.self_attn,
                 x,
                 x,
                 x,
                 attn_mask=tgt_mask,
                 key_padding_mask=tgt_key_padding_mask,
-                need_weights=False,
                 is_causal=tgt_is_causal,
                 query_lengths=tgt_lengths,
                 key_lengths=tgt_lengths,
                 window=window,
                 block_mask=block_mask,
-            )[0]
+            )
 
-        def cross_attention(x: Tensor) -> Tensor:
-            return self.multihead_attn(
+        def cross_attention(x: Tensor) -> Product:
+            return attend(
+                self.multihead_attn,
                 x,
                 memory,
                 memory,
                 attn_mask=memory_mask,
                 key_padding_mask=memory_key_padding_mask,
-                need_weights=False,
                 is_causal=memory_is_causal,
                 query_lengths=tgt_lengths,
                 key_lengths=memory_lengths,
-            )[0]
+            )
 
-        return self.connect(tgt, self_attention, cross_attention)
+        batch_first = self.self_attn.batch_first
+        norms = (self.norm1, self.norm2, self.norm3)
+        padding = padding_for(norms, tgt, tgt_key_padding_mask, tgt_lengths, batch_first)
+        return self._connect(tgt, self_attention, cross_attention, padding)
 
     def connect(
         self,
@@ -172,20 +193,38 @@ class TransformerDecoderLayer(nn.Module):
         Returns:
             Shape of ``x``.
         """
+        return self._connect(
+            x,
+            lambda hidden: Product(self_attention(hidden)),
+            lambda hidden: Product(cross_attention(hidden)),
+            None,
+        )
+
+    def _connect(
+        self,
+        x: Tensor,
+        self_attention: Callable[[Tensor], Product],
+        cross_attention: Callable[[Tensor], Product],
+        padding: Tensor | None,
+    ) -> Tensor:
         return connect(
             x,
             (
                 Sublayer(self_attention, self.norm1, self.dropout1),
                 Sublayer(cross_attention, self.norm2, self.dropout2),
-                Sublayer(self.feed_forward, self.norm3, self.dropout3),
+                Sublayer(self._feed_forward, self.norm3, self.dropout3),
             ),
             self.norm_first,
+            padding,
         )
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The feed-forward network alone: ``[..., E]`` to ``[..., E]``."""
-        hidden = self.activation(self.linear1(x))
-        return self.linear2(F.dropout(hidden, active_p(self.dropout)))
+        product, bias = self._feed_forward(x)
+        return product if bias is None else product + bias
+
+    def _feed_forward(self, x: Tensor) -> Product:
+        return feed_forward(self.linear1, self.activation, active_p(self.dropout), self.linear2, x)
 
 
 class TransformerDecoder(nn.Module):
@@ -271,4 +310,4 @@ class TransformerDecoder(nn.Module):
                 memory_is_causal=memory_is_causal,
                 **given,
             )
-        return x if self.norm is None else self.norm(x)
+        return final_norm(self.norm, x, tgt_key_padding_mask, tgt_lengths, self.layers)

@@ -476,7 +476,7 @@ def test_compiled_dropout_runs() -> None:
 
 @pytest.mark.parametrize("layer", [TransformerEncoderLayer, TransformerDecoderLayer])
 def test_refuses_an_unknown_activation(layer: type[nn.Module]) -> None:
-    message = f"^{layer.__name__}: activation must be 'relu', 'gelu' or a callable, got 'tanh'"
+    message = f"^{layer.__name__}: activation must be 'relu', .* or a callable, got 'tanh'"
     with pytest.raises(ValueError, match=message):
         layer(E, H, activation="tanh")
 
@@ -494,6 +494,83 @@ def test_refuses_wrong_inputs() -> None:
         module(src, torch.zeros(B + 1, T, E))
     with pytest.raises(ValueError, match=r"^MultiheadAttention: attn_mask must have shape"):
         module(src, tgt, tgt_mask=torch.zeros(T, S))
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "glu", "reglu", "geglu", "swiglu"])
+def test_activations_that_torchs_layers_lack(activation: str) -> None:
+    """The feed-forward network of Shazeer (2020), written out."""
+    layer = TransformerEncoderLayer(E, H, HIDDEN, 0.0, activation=activation)
+    functions = {
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "silu": F.silu,
+        "glu": torch.sigmoid,
+        "reglu": F.relu,
+        "geglu": F.gelu,
+        "swiglu": F.silu,
+    }
+    hidden = layer.linear1(batch(0, S, "batch_first"))
+    if activation.endswith("lu") and activation not in ("gelu_tanh", "silu"):
+        gate, value = hidden[..., :HIDDEN], hidden[..., HIDDEN:]
+        hidden = functions[activation](gate) * value
+    else:
+        hidden = functions[activation](hidden)
+    expected = layer.linear2(hidden)
+    torch.testing.assert_close(layer.feed_forward(batch(0, S, "batch_first")), expected)
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()]
+)
+def test_an_activation_may_be_a_module(activation: nn.Module) -> None:
+    theirs, ours = make_twins("TransformerEncoderLayer", E, H, HIDDEN, 0.0, activation)
+    check_twins(theirs, ours, {"src": batch(0, S, "length_first")}, call)
+
+
+class Doubled(nn.Linear):
+    """What an adapter does: another layer in the place of a linear one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2.0 * super().forward(input)
+
+
+@pytest.mark.parametrize("name", ["linear1", "linear2", "self_attn.out_proj"])
+@pytest.mark.parametrize("by", ["hook", "pre_hook", "forward", "subclass"])
+def test_what_is_put_on_a_linear_layer_has_its_effect(name: str, by: str) -> None:
+    """Hooks, replaced methods and modules have their effect, though we can do without the call."""
+    layer = TransformerEncoderLayer(E, H, HIDDEN, 0.0, batch_first=True)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1)
+    x = batch(0, S, "batch_first")
+    plain = layer(x)
+    linear = layer.get_submodule(name)
+    twice = copy.deepcopy(layer)
+    doubled = twice.get_submodule(name)
+    with torch.no_grad():
+        doubled.weight.mul_(2.0)
+        if by != "pre_hook":  # which doubles the input alone
+            doubled.bias.mul_(2.0)
+    if by == "hook":
+        linear.register_forward_hook(lambda module, args, output: 2.0 * output)
+    elif by == "pre_hook":
+        linear.register_forward_pre_hook(lambda module, args: (2.0 * args[0],))
+    elif by == "forward":
+        forward = linear.forward
+        linear.forward = lambda input: 2.0 * forward(input)
+    else:
+        linear.__class__ = Doubled
+    assert not torch.allclose(layer(x), plain)
+    torch.testing.assert_close(layer(x), twice(x))
+
+
+def test_a_hook_on_attention_sees_its_whole_output() -> None:
+    layer = TransformerEncoderLayer(E, H, HIDDEN, 0.0, batch_first=True)
+    nn.init.ones_(layer.self_attn.out_proj.bias)
+    x = batch(0, S, "batch_first")
+    seen: list[Tensor] = []
+    layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    layer(x)
+    torch.testing.assert_close(seen[0], layer.self_attn(x, x, x)[0])
 
 
 def test_stacks_share_nothing_between_copies() -> None:
