@@ -31,7 +31,7 @@ def test_example(page: Path, source: str, output: str) -> None:
     assert printed.getvalue() == output
 
 
-@pytest.mark.parametrize(("name", "count"), [("modules", 2), ("attention", 2)])
+@pytest.mark.parametrize(("name", "count"), [("modules", 3), ("attention", 2)])
 def test_there_are_examples(name: str, count: int) -> None:
     assert sum(parameters.id.startswith(f"{name}-") for parameters in EXAMPLES) == count
 
