@@ -47,8 +47,6 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|")
     for op in arguments.op or OPS:
         for case in benchmark_cases(op, arguments.device):
-            if arguments.device == "cuda" and not case.gpu_only and op == "attention":
-                continue
             for direction in directions(case):
                 operations = total(case.flops, direction=direction)
                 moved = total(case.bytes_moved, case.dtypes[0].itemsize, direction=direction)

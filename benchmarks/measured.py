@@ -23,12 +23,15 @@ Call = Callable[[], object]
 
 
 def benchmark_cases(op: str, device: str = "cpu") -> list[Case]:
-    """The op's cases of kind ``benchmark`` for a device."""
-    return [
-        case
-        for case in op_cases(op)
-        if case.kind == "benchmark" and (device == "cuda" or not case.gpu_only)
-    ]
+    """The op's cases of kind ``benchmark`` for a device.
+
+    On a GPU, whose time is lent by the minute, those of its size alone, where the op has any.
+    """
+    cases = [case for case in op_cases(op) if case.kind == "benchmark"]
+    large = [case for case in cases if case.gpu_only]
+    if device == "cuda" and large:
+        return large
+    return [case for case in cases if not case.gpu_only]
 
 
 def directions(case: Case) -> tuple[str, ...]:

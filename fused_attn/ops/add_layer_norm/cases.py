@@ -229,6 +229,7 @@ CASES: tuple[AddLayerNormCase, ...] = (
     _benchmark(1024, 4096),
     _benchmark(16384, 1024),
     _benchmark(512, 256, "_gpu", gpu_only=True),
+    _benchmark(16384, 1024, "_gpu", gpu_only=True),
     _benchmark(16384, 2048, "_gpu", gpu_only=True),
     _benchmark(16384, 4096, "_gpu", gpu_only=True),
     _benchmark(16384, 4096, "_rms_gpu", gpu_only=True, norm="rms_norm", bias=False),
