@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from fused_attn.models import Transformer, TransformerConfig
+from fused_attn.models.config import Activation, Norm
 from fused_attn.training.checkpoint import (
     CHECKPOINTS,
     Vocabularies,
@@ -155,7 +157,8 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="P",
         help="of attention weights; default: 0",
     )
-    group.add_argument("--activation", choices=("relu", "gelu"), default="relu")
+    group.add_argument("--activation", choices=get_args(Activation), default="relu")
+    group.add_argument("--norm", choices=get_args(Norm), default="layer_norm")
     group.add_argument("--positions", choices=("sinusoidal", "learned"), default="sinusoidal")
     group.add_argument("--norm-first", action="store_true", help="pre-norm layers")
 
@@ -320,6 +323,7 @@ def _build_model(arguments: argparse.Namespace, vocabularies: Vocabularies) -> T
                 dropout=arguments.dropout,
                 attention_dropout=arguments.attention_dropout,
                 activation=arguments.activation,
+                norm=arguments.norm,
                 norm_first=arguments.norm_first,
                 positions=arguments.positions,
                 # A translation may be longer than anything seen in training.

@@ -241,7 +241,7 @@ def load_training_state(path: str | Path) -> TrainingState:
 def average_weights(paths: Sequence[str | Path]) -> dict[str, Tensor]:
     """Return the mean of the weights of several checkpoints of one model.
 
-    Sums are kept in fp64 and rounded once.
+    Sums are kept in fp64 and rounded once. Of counters, which are integers, the largest is taken.
 
     Raises:
         CheckpointError: A checkpoint cannot be read or is of another model.
@@ -252,11 +252,16 @@ def average_weights(paths: Sequence[str | Path]) -> dict[str, Tensor]:
     if not paths:
         raise ValueError("average_weights: paths must name at least one checkpoint, got none")
     expected = _read_tensors(Path(paths[0]) / WEIGHTS_FILE)
-    sums = {name: tensor.double() for name, tensor in expected.items()}
+    floating = {name for name, tensor in expected.items() if tensor.is_floating_point()}
+    totals = {n: t.double() if n in floating else t for n, t in expected.items()}
     for path in paths[1:]:
         for name, tensor in load_weights(path, expected).items():
-            sums[name] += tensor
-    return {name: (total / len(paths)).to(expected[name].dtype) for name, total in sums.items()}
+            total = totals[name]
+            totals[name] = total + tensor if name in floating else torch.maximum(total, tensor)
+    return {
+        name: (total / len(paths)).to(expected[name].dtype) if name in floating else total
+        for name, total in totals.items()
+    }
 
 
 def checkpoint_name(step: int) -> str:

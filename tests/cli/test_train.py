@@ -72,6 +72,26 @@ def test_training_leaves_a_model_checkpoints_and_a_log(run) -> None:
     assert losses[1] < losses[0]
 
 
+@pytest.mark.parametrize("norm", ["rms_norm", "power_norm", "batch_norm"])
+def test_any_norm_is_trained_averaged_and_loaded(norm, data, tmp_path, monkeypatch, capfd) -> None:
+    """Running statistics are averaged with the parameters."""
+    options = [f"--norm={norm}", "--activation=geglu", "--steps=12", "--average=2"]
+    assert train(data, tmp_path, *options) == 0
+    states = [
+        load_file(path / "model.safetensors") for path in list_checkpoints(tmp_path / "checkpoints")
+    ]
+    average = load_file((tmp_path / "model").resolve() / "model.safetensors")
+    for name, tensor in average.items():
+        values = [state[name] for state in states]
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (values[0] + values[1]) / 2.0)
+        else:
+            assert tensor.item() == values[1].item() > values[0].item(), name
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"seven\n")))
+    assert main(["translate", f"--model={tmp_path}"]) == 0
+    assert capfd.readouterr().out.count("\n") == 1
+
+
 def test_translation_keeps_lines_and_order(run, data, tmp_path, monkeypatch, capfdbinary) -> None:
     lines = (data / "test.en").read_text().splitlines()
     model = f"--model={run}"
