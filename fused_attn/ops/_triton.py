@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,3 +136,59 @@ def strided_rows(tensor: Tensor) -> tuple[Tensor, StridedRows]:
     if len(levels) == 2:
         return tensor, StridedRows(levels[0][0], levels[1][1], levels[0][1])
     return tensor, StridedRows(_ALL_ROWS, 0, levels[0][1] if levels else 0)
+
+
+class Rows(NamedTuple):
+    """Tensors of rows, and what a kernel is told of them."""
+
+    tensors: list[Tensor | None]
+    numbers: list[int]
+    """Three a tensor; strides in units of ``STRIDE_UNIT``."""
+    flags: dict[str, Any]
+
+
+def rows_of(*tensors: Tensor | None) -> Rows:
+    """The rows of tensors as kernels read them; copied where strides do not describe them."""
+    found = [(None, None) if tensor is None else strided_rows(tensor) for tensor in tensors]
+    layouts = [layout for _, layout in found if layout is not None]
+    step = math.gcd(*(stride for layout in layouts for stride in layout[1:]))
+    unit = min(step & -step, 16) or 16
+    numbers: list[int] = []
+    for _, layout in found:
+        if layout is None:
+            numbers += (0, 0, 0)
+        else:
+            numbers += (layout.inner, layout.outer_stride // unit, layout.inner_stride // unit)
+    one_stride = all(layout.has_one_stride for layout in layouts)
+    return Rows(
+        [tensor for tensor, _ in found], numbers, {"ONE_STRIDE": one_stride, "STRIDE_UNIT": unit}
+    )
+
+
+# The tile of a sum of partial gradients: as many rows as there are programs, up to this many, and
+# the columns that are then left of its elements.
+_REDUCE_MAX_ROWS = 512
+_REDUCE_TILE = 8192
+
+
+def reduce_partials(partial: Tensor, gradients: Sequence[Tensor]) -> None:
+    """Sum what the programs of a backward left, in one order.
+
+    Args:
+        partial: ``[K, programs, width]``, fp32, contiguous.
+        gradients: K tensors ``[width]``, fp32, to be written; K is at most 3.
+    """
+    from ._triton_kernels import reduce_partials_kernel
+
+    K, programs, width = partial.shape
+    block_m = min(next_power_of_2(programs), _REDUCE_MAX_ROWS)
+    block_n = min(_REDUCE_TILE // block_m, next_power_of_2(width))
+    reduce_partials_kernel[(ceil_div(width, block_n), K)](
+        partial,
+        *(gradients[k % K] for k in range(3)),
+        programs,
+        WIDTH=width,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=8,
+    )

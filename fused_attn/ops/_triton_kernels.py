@@ -24,6 +24,36 @@ def row_offsets(rows, inner, outer_stride, inner_stride, ONE_STRIDE: tl.constexp
 
 
 @triton.jit
+def tile_mask(
+    rows,
+    num_rows,
+    columns,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Where a tile lies in its tensor; constant where the shape says that it does. # [M, N]"""
+    # Every program of one row has its row.
+    in_rows = tl.full((BLOCK_M, 1), True, tl.int1)
+    if BLOCK_M > 1:
+        in_rows = (rows < num_rows)[:, None]
+    in_columns = tl.full((1, BLOCK_N), True, tl.int1)
+    if WIDTH % BLOCK_N != 0:
+        in_columns = columns < WIDTH
+    return in_rows & in_columns
+
+
+@triton.jit
+def load_parameter(parameter_ptr, columns, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Elements of a weight or a bias in fp32; 0 beyond the width. # [1, BLOCK_N]"""
+    if WIDTH % BLOCK_N != 0:
+        values = tl.load(parameter_ptr + columns, mask=columns < WIDTH, other=0.0)
+    else:
+        values = tl.load(parameter_ptr + columns)
+    return values.to(tl.float32)
+
+
+@triton.jit
 def dropout_keep(
     seed,
     keep_threshold,
@@ -66,3 +96,33 @@ def tanh(x):
     # e^30 is far beyond where tanh is 1, and finite.
     far = 1.0 - 2.0 / (tl.exp(tl.minimum(2.0 * x, 30.0)) + 1.0)
     return tl.where(z < 0.390625, near_zero, far)
+
+
+@triton.jit(do_not_specialize=("programs",))
+def reduce_partials_kernel(
+    partial_ptr,
+    first_ptr,
+    second_ptr,
+    third_ptr,
+    programs,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sums the programs' rows of partial_ptr[k], the program's second index, to gradient k."""
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1)
+    offs_m = tl.arange(0, BLOCK_M)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, programs, BLOCK_M):
+        rows = start + offs_m
+        offsets = ((k.to(tl.int64) * programs + rows) * WIDTH)[:, None] + columns[None, :]
+        mask = (rows < programs)[:, None] & (columns < WIDTH)[None, :]
+        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
+    gradient = tl.sum(total, 0)
+    if k == 0:
+        tl.store(first_ptr + columns, gradient, mask=columns < WIDTH)
+    elif k == 1:
+        tl.store(second_ptr + columns, gradient, mask=columns < WIDTH)
+    else:
+        tl.store(third_ptr + columns, gradient, mask=columns < WIDTH)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from .._triton import (
     device_guard,
     multiprocessor_count,
     next_power_of_2,
-    strided_rows,
+    reduce_partials,
+    rows_of,
     target,
 )
 
@@ -34,10 +34,6 @@ _REGISTERS = 65536
 _MAX_FORWARD_BLOCK = 16384
 _MAX_BACKWARD_BLOCK = 8192
 _SLICES = (4096, 2048, 1024)
-# The reduction's tile: as many rows as there are programs, up to this many, and the columns that
-# are then left of its elements.
-_REDUCE_MAX_ROWS = 512
-_REDUCE_TILE = 8192
 
 
 class Tiling(NamedTuple):
@@ -78,33 +74,6 @@ def _tiling(block_n: int, width: int, itemsize: int, has_dropout: bool, programs
     programs = max(programs * _THREADS // threads, 1)
     registers = min(_REGISTERS // (threads * programs), 255)
     return Tiling(block_m, block_n, threads // target().warp_size, registers, programs)
-
-
-class Rows(NamedTuple):
-    """Tensors of rows, and what a kernel is told of them."""
-
-    tensors: list[Tensor | None]
-    numbers: list[int]
-    """Three a tensor; strides in units of ``STRIDE_UNIT``."""
-    flags: dict[str, Any]
-
-
-def rows_of(*tensors: Tensor | None) -> Rows:
-    """The rows of tensors as kernels read them; copied where strides do not describe them."""
-    found = [(None, None) if tensor is None else strided_rows(tensor) for tensor in tensors]
-    layouts = [layout for _, layout in found if layout is not None]
-    step = math.gcd(*(stride for layout in layouts for stride in layout[1:]))
-    unit = min(step & -step, 16) or 16
-    numbers: list[int] = []
-    for _, layout in found:
-        if layout is None:
-            numbers += (0, 0, 0)
-        else:
-            numbers += (layout.inner, layout.outer_stride // unit, layout.inner_stride // unit)
-    one_stride = all(layout.has_one_stride for layout in layouts)
-    return Rows(
-        [tensor for tensor, _ in found], numbers, {"ONE_STRIDE": one_stride, "STRIDE_UNIT": unit}
-    )
 
 
 def unsupported_reasons(x: Tensor) -> list[str]:
@@ -198,11 +167,7 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, residual, x_bias, weight and bias."""
-    from .triton_kernels import (
-        add_layer_norm_backward_kernel,
-        add_layer_norm_means_kernel,
-        add_layer_norm_reduce_kernel,
-    )
+    from .triton_kernels import add_layer_norm_backward_kernel, add_layer_norm_means_kernel
 
     width = x.size(-1)
     num_rows = x.shape[:-1].numel()
@@ -305,16 +270,5 @@ def backward(
             **target().register_options(tile.registers),
         )
         if partials is not gradients:
-            found = [g for need, g in zip(needs, gradients, strict=True) if need]
-            block_m = min(next_power_of_2(programs), _REDUCE_MAX_ROWS)
-            block_n = min(_REDUCE_TILE // block_m, next_power_of_2(width))
-            add_layer_norm_reduce_kernel[(ceil_div(width, block_n), len(found))](
-                partial,
-                *(found[k % len(found)] for k in range(3)),
-                programs,
-                WIDTH=width,
-                BLOCK_M=block_m,
-                BLOCK_N=block_n,
-                num_warps=8,
-            )
+            reduce_partials(partial, [g for need, g in zip(needs, gradients, strict=True) if need])
     return grad_x, grad_residual, *gradients
