@@ -5,17 +5,22 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_attn import bias_activation_dropout
 from fused_attn.ops._philox import keep_mask
-from fused_attn.validation import compare, fused_backends
+from fused_attn.ops.bias_activation_dropout.cases import BiasActivationDropoutCase
+from fused_attn.validation import check_case, compare, fused_backends
+from tests.triton_tools.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_in_subprocess
 
 from .suite import OpSuite, RecordFusedCalls, assert_bit_equal
 
@@ -205,6 +210,74 @@ def test_only_what_a_gradient_needs_is_saved_and_computed(backend: str) -> None:
     assert (arguments[7], arguments[8], saved) == (True, False, 2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_may_have_any_strides(backend: str, gated: bool) -> None:
+    columns = 48 if gated else 24
+    leaves = draw(3, 4, columns).requires_grad_(), draw(columns).requires_grad_()
+    output = bias_activation_dropout(*leaves, activation="silu", gated=gated, backend=backend)
+    wide = draw(3, 4, 30, seed=1)
+    for grad in (
+        wide[..., :24],
+        wide[..., 1:25].transpose(0, 1).contiguous().transpose(0, 1),
+        draw(3, 24, 4, seed=2).transpose(1, 2),
+        draw(1, 1, 24, seed=3).expand(3, 4, 24),
+        torch.ones(()).expand(3, 4, 24),
+    ):
+        got = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+        expected = torch.autograd.grad(output, leaves, grad.contiguous(), retain_graph=True)
+        for name, *pair in zip(("x", "bias"), got, expected, strict=True):
+            assert_bit_equal(name, *pair)
+
+
+@st.composite
+def random_cases(draw: Any) -> tuple[BiasActivationDropoutCase, torch.dtype]:
+    # A single row would make the error of the reference, which the budget is made of, a matter of
+    # luck.
+    rows = draw(st.integers(2, 17))
+    leading = draw(st.sampled_from([(rows,), (2, rows), (3, 1, 2), (2, 3, 2, 2)]))
+    edges = [1, 2, 3, 15, 16, 17, 127, 128, 129, 255, 256, 257, 1025]
+    width = draw(st.one_of(st.integers(1, 70), st.sampled_from(edges)))
+    layouts = ["contiguous", "sliced", "columns_first", "expanded"]
+    options: dict[str, Any] = {
+        "activation": draw(st.sampled_from([None, "relu", "gelu", "gelu_tanh", "silu", "sigmoid"])),
+        "gated": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "residual": draw(st.booleans()),
+        "fp32_parameters": draw(st.booleans()),
+        "dropout_p": draw(st.sampled_from([0.0, 0.1, 0.5, 0.9])),
+        "offset": draw(st.sampled_from([0.0, 0.0, -3.0, 3.0])),
+        "scale": draw(st.sampled_from([0.01, 1.0, 1.0, 30.0])),
+        "layout": draw(st.sampled_from(layouts + ["transposed"] * (len(leading) > 1))),
+    }
+    words = " ".join(f"{k}={v}" for k, v in options.items())
+    case = BiasActivationDropoutCase(
+        name=f"{leading} {width} {words}", kind="edge", leading=leading, width=width, **options
+    )
+    return case, draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+
+
+@pytest.mark.parametrize(
+    "backend",
+    BACKENDS[1:] or [pytest.param("", marks=pytest.mark.skip(reason="no fused backend"))],
+)
+@given(drawn=random_cases())
+def test_any_combination(
+    backend: str, drawn: tuple[BiasActivationDropoutCase, torch.dtype]
+) -> None:
+    case, dtype = drawn
+    for numbers in range(3):
+        # A case's name decides on its numbers.
+        comparisons = check_case(replace(case, name=f"{case.name} {numbers}"), backend, dtype)
+        failed = [c for c in comparisons if not c.passed]
+        if not failed:
+            return
+        # The budget is made of the error that the reference happens to have, and with few numbers
+        # that may be luck: a wrong kernel is far beyond it, or beyond it with other numbers too.
+        assert all(c.share < 2.0 for c in failed), "\n".join(map(str, failed))
+    assert not failed, "\n".join(map(str, failed))
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set(capability: str) -> None:
     if "cpu" not in BACKENDS:
@@ -352,3 +425,34 @@ def test_the_private_calls_check_what_the_public_one_promises(
     }
     with pytest.raises(RuntimeError, match=f"{OP}: .*{message}"):
         torch.ops.fused_attn_C.bias_activation_dropout_backward(*call.values())
+
+
+CALLS = [
+    {"dtype": "bfloat16", "width": 4096},
+    {"dtype": "bfloat16", "width": 4096, "activation": "identity", "dropout_p": 0.0},
+    {"dtype": "bfloat16", "width": 1376, "activation": "gelu_tanh", "gated": True},
+    {"dtype": "float16", "width": 2048, "activation": "silu", "gated": True, "dropout_p": 0.0},
+    {"dtype": "float32", "width": 2048, "activation": "relu", "fp32_parameters": True},
+    # Widths that took most registers.
+    {"dtype": "bfloat16", "width": 29, "gated": True},
+    {"dtype": "float32", "width": 16381, "gated": True},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_ahead_of_time_without_spills(target: str) -> None:
+    if "triton" not in BACKENDS:
+        pytest.skip(f"{OP}: triton is not installed")
+    reports = compile_in_subprocess(target, OP, CALLS)
+    kernels = [r["kernel"] for r in reports]
+    assert kernels.count(f"{OP}_forward_kernel") == len(CALLS)
+    assert kernels.count(f"{OP}_backward_kernel") == len(CALLS)
+    assert "reduce_partials_kernel" in kernels
+    for report in reports:
+        assert report["registers"] > 0, report
+        assert report["spilled_bytes"] == 0, report
+        assert report["shared"] <= SHARED_MEMORY_LIMIT[target], report
+        if report["kernel"].startswith(OP) and report["call"]["width"] % 16 == 0:
+            assert report["wide_loads"] > 0, report
+            assert report["wide_stores"] > 0, report

@@ -24,6 +24,11 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes that one block may have.
 SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
+# Of 16 bytes, in PTX: to registers, or asynchronously to shared memory.
+_WIDE_LOAD = (
+    r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg\S* \[[^]]*\], \[[^]]*\], 0x10\b"
+)
+
 
 def compile_in_subprocess(
     target: str, op: str, calls: list[dict[str, Any]]
@@ -139,6 +144,36 @@ def _launch_add_layer_norm(
             True,
             True,
         )
+
+
+def _launch_bias_activation_dropout(
+    dtype: str,
+    width: int,
+    activation: str = "gelu",
+    gated: bool = False,
+    dropout_p: float = 0.1,
+    fp32_parameters: bool = False,
+    residual: bool = True,
+    rows: int = 4096,
+) -> None:
+    """Forward and backward of ``bias_activation_dropout`` on tensors without memory."""
+    import torch
+
+    from fused_attn.ops.bias_activation_dropout import triton as backend
+
+    kind = getattr(torch, dtype)
+    columns = 2 * width if gated else width
+    x = torch.empty(rows, columns, dtype=kind, device="meta")
+    branch, grad = (torch.empty(rows, width, dtype=kind, device="meta") for _ in range(2))
+    bias = torch.empty(columns, dtype=torch.float32 if fp32_parameters else kind, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    kinds = (activation, gated, dropout_p)
+    backend.multiprocessor_count = lambda _: 128
+    backend.forward(x, bias, branch if residual else None, seed, *kinds)
+    passes = activation == "identity" and not gated
+    backend.backward(
+        grad, None if passes else x, None if passes else bias, seed, *kinds, True, True
+    )
 
 
 def _launch_decode_attention(
@@ -259,6 +294,7 @@ def _launch_attention(
 LAUNCHERS = {
     "add_layer_norm": _launch_add_layer_norm,
     "attention": _launch_attention,
+    "bias_activation_dropout": _launch_bias_activation_dropout,
     "decode_attention": _launch_decode_attention,
 }
 
@@ -275,7 +311,7 @@ def _report(name: str, compiled: Any, log: str) -> dict[str, Any]:
         return report | {
             "registers": total(r"Used (\d+) reg", log),
             "spilled_bytes": total(r"(\d+) bytes spill", log),
-            "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
+            "wide_loads": len(re.findall(_WIDE_LOAD, ptx)),
             "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", ptx)),
             "tensor_core": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)),
             "wgmma": ptx.count("wgmma.mma_async"),

@@ -10,12 +10,12 @@ from torch import Tensor
 from .._backend import describe_tensor, resolve
 from .._check import check_device, check_dtype, check_floating, check_same, check_seed, check_tensor
 from .._philox import draw_seed
-from . import cpu, reference
+from . import cpu, reference, triton
 from .contract import IDENTITY, bias_activation_dropout_fused
 from .reference import bias_activation_dropout_reference
 
 _OP = "bias_activation_dropout"
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
 _ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "sigmoid")
 
 

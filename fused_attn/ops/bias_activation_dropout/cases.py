@@ -46,7 +46,8 @@ class BiasActivationDropoutCase(Case):
     scale: float = 1.0
     """Of the elements of ``x``."""
     layout: str = "contiguous"
-    """``contiguous``, ``transposed`` (leading dimensions) or ``sliced`` (rows with gaps)."""
+    """``contiguous``, ``transposed`` (leading dimensions), ``sliced`` (rows with gaps),
+    ``columns_first`` or ``expanded`` (one row many times)."""
 
     def inputs(
         self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
@@ -80,6 +81,10 @@ class BiasActivationDropoutCase(Case):
             wide = tensor.new_zeros(*tensor.shape[:-1], tensor.size(-1) + 7)
             wide[..., : tensor.size(-1)] = tensor
             return wide[..., : tensor.size(-1)]
+        if self.layout == "columns_first":
+            return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+        if self.layout == "expanded":
+            return tensor[..., :1, :].expand_as(tensor)
         return tensor
 
     def run(self, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tensor, ...]:
@@ -247,6 +252,8 @@ CASES: tuple[BiasActivationDropoutCase, ...] = (
     _edge("many_rows_gated", (1100,), 5, activation="silu", gated=True),
     _edge("transposed", (3, 4), 24, layout="transposed", residual=True),
     _edge("transposed_gated", (3, 4), 24, layout="transposed", gated=True, activation="sigmoid"),
+    _edge("columns_first", (3, 4), 24, layout="columns_first", activation="silu"),
+    _edge("expanded_rows", (3, 4), 24, layout="expanded", dropout_p=0.2, residual=True),
     _edge("sliced_rows", (3, 4), 24, layout="sliced", activation="gelu", dropout_p=0.2),
     _edge("sliced_rows_gated", (3, 4), 23, layout="sliced", gated=True, residual=True),
     _edge("mostly_dropped", (5,), 70, dropout_p=0.95, activation="gelu"),
