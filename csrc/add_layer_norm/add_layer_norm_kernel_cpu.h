@@ -60,7 +60,9 @@ class MixedRow {
 // --- forward --------------------------------------------------------------------------------
 
 template <typename T, bool kHasDropout, bool kIsRms>
-static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t begin, int64_t end) {
+static void add_layer_norm_forward_rows(const AddLayerNormForward& parameters, int64_t begin,
+                                        int64_t end) {
+  const AddLayerNormForward p = parameters;  // a copy, which no store can have changed
   const int64_t width = p.width;
   const float inverse_width = 1.0f / static_cast<float>(width);
   const Vec scale = broadcast(p.keep_scale);
@@ -75,55 +77,71 @@ static void add_layer_norm_forward_rows(const AddLayerNormForward& p, int64_t be
     const uint32_t* keep = nullptr;
     if constexpr (kHasDropout)
       keep = dropout_keep(keys, p.keep_threshold, r * width, width, random.data());
-
     T* output = static_cast<T*>(p.output) + r * width;
     const MixedRow<T> sum_out(p.sum, p.sum_is_fp32, width, r);
-    Vec totals[kSlots] = {};  // of the sum, or of its squares for RMSNorm
-    for_vectors(width, [&](int64_t i, auto lanes, int slot) {
-      if (slot == 0) prefetch_to_write(output, i);
+    const auto make_sum = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       Vec s = load_lanes(x + i, lanes);
-      if (p.x_bias) s += load_lanes(p.x_bias + i, lanes);
+      if (p.x_bias) [[unlikely]]
+        s += load_lanes(p.x_bias + i, lanes);
       s = drop<kHasDropout>(s, keep, i, scale);
-      if (residual) s += residual.load(i, lanes);
-      if (sum_out) {
+      if (residual) [[likely]]
+        s += residual.load(i, lanes);
+      if (sum_out) [[unlikely]] {
         // What is normalised is the sum that the caller sees, and that the backward reads.
         sum_out.store(i, s, lanes);
         s = sum_out.load(i, lanes);
       }
-      store(sum + i, s);
-      totals[slot] += kIsRms ? s * s : s;  // lanes beyond the row are 0
-    });
-    const float estimate = kIsRms ? 0.0f : total_of(totals) * inverse_width;
-    float correction = 0.0f;
-    float variance = total_of(totals) * inverse_width;
+      return s;
+    };
 
-    const int64_t next = std::min(r + 1, end - 1);
-    const T* next_x = row_of<T>(p.x, next);
-    const MixedRow<T> next_residual(p.residual, p.residual_is_fp32, next);
-    if constexpr (!kIsRms) {
-      // Deviations from the estimated mean are small where the mean is large, so their sum gives
-      // what the estimate lost to rounding.
-      Vec deviations[kSlots] = {};
-      Vec squares[kSlots] = {};
+    // Deviations from an estimate of the mean, which are small where the mean is large: their sums
+    // give what the estimate lacks, and the variance. The first estimate is the mean of the first
+    // few elements, so that one pass does. RMSNorm takes 0, and no mean.
+    const int64_t first = std::min<int64_t>(width, kVec);
+    float estimate = 0.0f;
+    if constexpr (!kIsRms)
+      estimate = reduce_add(first == kVec ? make_sum(0, FullVec{}) : make_sum(0, first)) /
+                 static_cast<float>(first);
+    Vec deviations[kSlots] = {};
+    Vec squares[kSlots] = {};
+    for_vectors(width, [&](int64_t i, auto lanes, int slot) {
+      if (slot == 0) prefetch_to_write(output, i);
+      const Vec s = make_sum(i, lanes);
+      store(sum + i, s);
+      const Vec d = zero_beyond(s - estimate, lanes);
+      if constexpr (!kIsRms) deviations[slot] += d;
+      squares[slot] += d * d;
+    });
+    float correction = total_of(deviations) * inverse_width;
+    float variance = total_of(squares) * inverse_width - correction * correction;
+    if (!kIsRms && correction * correction > variance) [[unlikely]] {
+      // Those few are unlike the rest, and the difference of two large numbers says little.
+      estimate += correction;
+      std::fill_n(deviations, kSlots, Vec{});
+      std::fill_n(squares, kSlots, Vec{});
       for_vectors(width, [&](int64_t i, auto lanes, int slot) {
-        if (slot == 0) prefetch(next_x, i);
         const Vec d = zero_beyond(load(sum + i) - estimate, lanes);
         deviations[slot] += d;
         squares[slot] += d * d;
       });
       correction = total_of(deviations) * inverse_width;
-      variance = std::max(total_of(squares) * inverse_width - correction * correction, 0.0f);
+      variance = total_of(squares) * inverse_width - correction * correction;
     }
-    const float rstd = 1.0f / std::sqrt(variance + p.eps);
+    const float rstd = 1.0f / std::sqrt(std::max(variance, 0.0f) + p.eps);
 
+    const int64_t next = std::min(r + 1, end - 1);
+    const T* next_x = row_of<T>(p.x, next);
+    const MixedRow<T> next_residual(p.residual, p.residual_is_fp32, next);
     for_vectors(width, [&](int64_t i, auto lanes, int slot) {
       if (slot == 0) {
-        if (kIsRms) prefetch(next_x, i);
+        prefetch(next_x, i);
         if (next_residual) next_residual.prefetch_columns(i);
       }
       Vec result = ((load(sum + i) - estimate) - correction) * rstd;
-      if (p.weight) result *= load_lanes(p.weight + i, lanes);
-      if (p.bias) result += load_lanes(p.bias + i, lanes);
+      if (p.weight) [[likely]]
+        result *= load_lanes(p.weight + i, lanes);
+      if (p.bias) [[likely]]
+        result += load_lanes(p.bias + i, lanes);
       store_lanes(output + i, result, lanes);
     });
     if constexpr (!kIsRms) p.mean[r] = estimate + correction;
@@ -189,8 +207,10 @@ struct BackwardRow {
 
 // First pass over row r: y, and the means.
 template <typename T, bool kHasDropout>
-static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, const PhiloxKeys& keys,
-                                          int64_t r, float* normalised, uint32_t* random) {
+static BackwardRow<T> backward_statistics(const AddLayerNormBackward& parameters,
+                                          const PhiloxKeys& keys, int64_t r, float* normalised,
+                                          uint32_t* random) {
+  const AddLayerNormBackward p = parameters;  // a copy, which no store can have changed
   const int64_t width = p.width;
   const int64_t next = std::min(r + kGroup, p.rows - 1);
   const MixedRow<T> x(p.x, p.x_is_fp32, r);
@@ -212,16 +232,19 @@ static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, const P
       if (residual) next_residual.prefetch_columns(i);
     }
     Vec s = x.load(i, lanes);
-    if (!p.x_is_sum) {
-      if (p.x_bias) s += load_lanes(p.x_bias + i, lanes);
+    if (!p.x_is_sum) [[likely]] {
+      if (p.x_bias) [[unlikely]]
+        s += load_lanes(p.x_bias + i, lanes);
       s = drop<kHasDropout>(s, keep, i, scale);
-      if (residual) s += residual.load(i, lanes);
+      if (residual) [[likely]]
+        s += residual.load(i, lanes);
     }
     const Vec y = (s - mean) * rstd;
     store(normalised + i, y);
     // Lanes beyond the row have g = 0.
     Vec g = load_lanes(grad_output + i, lanes);
-    if (p.weight) g *= load_lanes(p.weight + i, lanes);
+    if (p.weight) [[likely]]
+      g *= load_lanes(p.weight + i, lanes);
     sums[slot] += g;
     products[slot] += g * y;
   });
@@ -241,11 +264,21 @@ static BackwardRow<T> backward_statistics(const AddLayerNormBackward& p, const P
   return row;
 }
 
+// Whether the gradients are those of most calls: of weight, bias and x, the last from the output
+// alone. Asking for the others at each vector would take as long as a fifth of the kernel.
+static bool is_plain(const AddLayerNormBackward& p) {
+  return p.weight && p.partial_weight && p.partial_bias && !p.partial_x_bias && !p.grad_sum.data &&
+         !p.grad_residual && p.keep_threshold == 0;
+}
+
 // Second pass over kRows rows: the gradients.
-template <typename T, bool kHasDropout, int kRows>
-static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<T>* rows,
+template <typename T, bool kHasDropout, bool kIsPlain, int kRows>
+static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<T>* group,
                                float* partial_x_bias, float* partial_weight, float* partial_bias) {
   const Vec scale = broadcast(p.keep_scale);
+  const float* weights = p.weight;
+  BackwardRow<T> rows[kRows];  // a copy, which no store can have changed
+  std::copy_n(group, kRows, rows);
   for_vectors(p.width, [&](int64_t i, auto lanes, int slot) {
     Vec grad_x_bias = {};
     Vec grad_weight = {};
@@ -253,10 +286,10 @@ static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<
     Vec grads[kRows];
     // Every load comes before every store. Rows of a round width begin at one offset within a
     // page, and the processor takes a load that follows such a store for a read of what it wrote.
-    if (partial_x_bias) grad_x_bias = load_lanes(partial_x_bias + i, lanes);
-    if (partial_weight) grad_weight = load_lanes(partial_weight + i, lanes);
-    if (partial_bias) grad_bias = load_lanes(partial_bias + i, lanes);
-    const Vec weight = p.weight ? load_lanes(p.weight + i, lanes) : broadcast(1.0f);
+    if (!kIsPlain && partial_x_bias) grad_x_bias = load_lanes(partial_x_bias + i, lanes);
+    if (kIsPlain || partial_weight) grad_weight = load_lanes(partial_weight + i, lanes);
+    if (kIsPlain || partial_bias) grad_bias = load_lanes(partial_bias + i, lanes);
+    const Vec weight = kIsPlain || weights ? load_lanes(weights + i, lanes) : broadcast(1.0f);
 #pragma GCC unroll 2
     for (int k = 0; k < kRows; ++k) {
       const BackwardRow<T>& row = rows[k];
@@ -271,23 +304,23 @@ static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<
       // The first pass summed g as rounded: what is not does not cancel to 0 at width 1.
       const Vec g = rounded(grad_output * weight);
       grads[k] = (g - row.mean_g - y * row.mean_gy) * row.rstd;
-      if (row.grad_sum) grads[k] += row.grad_sum.load(i, lanes);
+      if (!kIsPlain && row.grad_sum) grads[k] += row.grad_sum.load(i, lanes);
     }
 #pragma GCC unroll 2
     for (int k = 0; k < kRows; ++k) {
       const BackwardRow<T>& row = rows[k];
-      if (row.grad_residual) row.grad_residual.store(i, grads[k], lanes);
+      if (!kIsPlain && row.grad_residual) row.grad_residual.store(i, grads[k], lanes);
       const Vec grad_x = drop<kHasDropout>(grads[k], row.keep, i, scale);
       grad_x_bias += grad_x;
       store_lanes(row.grad_x + i, grad_x, lanes);
     }
-    if (partial_x_bias) store_lanes(partial_x_bias + i, grad_x_bias, lanes);
-    if (partial_weight) store_lanes(partial_weight + i, grad_weight, lanes);
-    if (partial_bias) store_lanes(partial_bias + i, grad_bias, lanes);
+    if (!kIsPlain && partial_x_bias) store_lanes(partial_x_bias + i, grad_x_bias, lanes);
+    if (kIsPlain || partial_weight) store_lanes(partial_weight + i, grad_weight, lanes);
+    if (kIsPlain || partial_bias) store_lanes(partial_bias + i, grad_bias, lanes);
   });
 }
 
-template <typename T, bool kHasDropout>
+template <typename T, bool kHasDropout, bool kIsPlain>
 static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_t begin,
                                            int64_t end) {
   const int64_t width = p.width;
@@ -314,11 +347,11 @@ static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_
         rows[k] = backward_statistics<T, kHasDropout>(
             p, keys, r + k, normalised.data() + k * row_room, random.data() + k * random_room);
       if (count == kGroup)
-        backward_gradients<T, kHasDropout, kGroup>(p, rows, partial_x_bias, partial_weight,
-                                                   partial_bias);
+        backward_gradients<T, kHasDropout, kIsPlain, kGroup>(p, rows, partial_x_bias,
+                                                             partial_weight, partial_bias);
       else
-        backward_gradients<T, kHasDropout, 1>(p, rows, partial_x_bias, partial_weight,
-                                              partial_bias);
+        backward_gradients<T, kHasDropout, kIsPlain, 1>(p, rows, partial_x_bias, partial_weight,
+                                                        partial_bias);
     }
   }
 }
@@ -326,8 +359,9 @@ static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_
 template <typename T>
 static void add_layer_norm_backward_typed(const AddLayerNormBackward& p, int64_t begin,
                                           int64_t end) {
-  if (p.keep_threshold != 0) return add_layer_norm_backward_chunks<T, true>(p, begin, end);
-  return add_layer_norm_backward_chunks<T, false>(p, begin, end);
+  if (p.keep_threshold != 0) return add_layer_norm_backward_chunks<T, true, false>(p, begin, end);
+  if (is_plain(p)) return add_layer_norm_backward_chunks<T, false, true>(p, begin, end);
+  return add_layer_norm_backward_chunks<T, false, false>(p, begin, end);
 }
 
 void add_layer_norm_backward(const AddLayerNormBackward& p, int64_t begin, int64_t end) {
