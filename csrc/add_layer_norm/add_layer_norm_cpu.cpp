@@ -5,6 +5,7 @@
 
 #include "add_layer_norm/add_layer_norm.h"
 #include "common/dispatch.h"
+#include "common/huge_pages.h"
 
 namespace fused_attn {
 namespace {
@@ -42,9 +43,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_cpu(
   const at::ScalarType dtype = x.scalar_type();
   const auto fp32 = x.options().dtype(at::kFloat);
 
-  Tensor output = at::empty(x.sizes(), x.options());
-  Tensor sum =
-      sum_dtype ? at::empty(x.sizes(), x.options().dtype(*sum_dtype)) : at::empty({0}, x.options());
+  Tensor output = in_huge_pages(at::empty(x.sizes(), x.options()));
+  Tensor sum = sum_dtype ? in_huge_pages(at::empty(x.sizes(), x.options().dtype(*sum_dtype)))
+                         : at::empty({0}, x.options());
   Tensor mean = at::empty({is_rms ? 0 : rows}, fp32);
   Tensor rstd = at::empty({rows}, fp32);
 
@@ -89,10 +90,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
   const auto fp32 = x.options().dtype(at::kFloat);
 
   const auto [chunk_rows, chunks] = row_chunks(rows);
-  Tensor grad_x = at::empty(x.sizes(), grad_output.options());
-  Tensor grad_residual = grad_residual_dtype
-                             ? at::empty(x.sizes(), x.options().dtype(*grad_residual_dtype))
-                             : at::empty({0}, grad_output.options());
+  Tensor grad_x = in_huge_pages(at::empty(x.sizes(), grad_output.options()));
+  Tensor grad_residual =
+      grad_residual_dtype
+          ? in_huge_pages(at::empty(x.sizes(), x.options().dtype(*grad_residual_dtype)))
+          : at::empty({0}, grad_output.options());
 
   Tensor grad_output_owner, grad_sum_owner, x_owner, x_bias_owner, residual_owner, weight_owner;
   AddLayerNormBackward p{};
