@@ -185,6 +185,22 @@ torch.library.register_autograd(
 )
 
 
+class _Eager(torch.autograd.Function):
+    """The registered gradient, for eager calls.
+
+    ``torch.library`` has autograd of its own around an operator, which asks the schema for its
+    arguments once for each of them: for eleven, that takes longer than a small call's kernels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = torch.ops.fused_attn.add_layer_norm_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_autograd)
+
+
 def add_layer_norm_fused(
     x: Tensor,
     x_bias: Tensor | None,
@@ -199,7 +215,10 @@ def add_layer_norm_fused(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and sum by a fused backend; the sum is empty unless it was asked for."""
-    output, total, _, _ = torch.ops.fused_attn.add_layer_norm_forward(
-        x, x_bias, residual, weight, bias, seed, eps, dropout_p, is_rms, sum_dtype, backend
-    )
+    tensors = (x, x_bias, residual, weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    call: Any = torch.ops.fused_attn.add_layer_norm_forward
+    if needs_grad and not torch.compiler.is_compiling():
+        call = _Eager.apply
+    output, total, _, _ = call(*tensors, seed, eps, dropout_p, is_rms, sum_dtype, backend)
     return output, total
