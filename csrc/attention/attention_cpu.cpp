@@ -8,6 +8,7 @@
 
 #include "attention/attention.h"
 #include "common/dispatch.h"
+#include "common/huge_pages.h"
 
 namespace fused_attn {
 namespace {
@@ -178,7 +179,8 @@ struct Call {
   // Rows of the shape of `like`, but so wide; zero where the kernel does not write all of them.
   Tensor empty_rows(const Tensor& like, int64_t width, bool owns) const {
     const auto allocate = [&](at::IntArrayRef shape) {
-      return owns ? at::empty(shape, like.options()) : at::zeros(shape, like.options());
+      return owns ? in_huge_pages(at::empty(shape, like.options()))
+                  : at::zeros(shape, like.options());
     };
     if (!is_packed) return allocate({like.size(0), like.size(1), like.size(2), width});
     return allocate({like.size(2), like.size(1), width}).transpose(0, 1).unsqueeze(0);

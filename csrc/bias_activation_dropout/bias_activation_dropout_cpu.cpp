@@ -7,6 +7,7 @@
 
 #include "bias_activation_dropout/bias_activation_dropout.h"
 #include "common/dispatch.h"
+#include "common/huge_pages.h"
 
 namespace fused_attn {
 namespace {
@@ -38,7 +39,7 @@ Tensor bias_activation_dropout_forward_cpu(const Tensor& x, const std::optional<
   const int64_t width = x.size(-1) / (gated ? 2 : 1);
   const int64_t rows = x.numel() / std::max<int64_t>(x.size(-1), 1);
   const Tensor bias_f = parameter(bias, 0.0f, x);
-  Tensor output = at::empty(with_columns(x, width), x.options());
+  Tensor output = in_huge_pages(at::empty(with_columns(x, width), x.options()));
 
   Tensor x_owner, residual_owner;
   BiasActivationDropoutForward p{};
@@ -70,8 +71,9 @@ std::tuple<Tensor, Tensor> bias_activation_dropout_backward_cpu(
   const auto [chunk_rows, chunks] = row_chunks(rows);
   const auto options = grad_output.options();
   const auto fp32 = options.dtype(at::kFloat);
-  Tensor grad_x = need_grad_x ? at::empty(with_columns(grad_output, columns), options)
-                              : at::empty({0}, options);
+  Tensor grad_x = need_grad_x
+                      ? in_huge_pages(at::empty(with_columns(grad_output, columns), options))
+                      : at::empty({0}, options);
   Tensor grad_bias = at::empty({need_grad_bias ? columns : 0}, fp32);
   Tensor partial = at::empty({chunks, need_grad_bias ? columns : 0}, fp32);
 

@@ -193,11 +193,10 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = torch.ops.fused_attn.add_layer_norm_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return torch.ops.fused_attn.add_layer_norm_forward(*inputs)
 
+    setup_context = staticmethod(_setup_context)
     backward = staticmethod(_autograd)
 
 
