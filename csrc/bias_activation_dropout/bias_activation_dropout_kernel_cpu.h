@@ -1,8 +1,8 @@
 // CPU kernels of bias_activation_dropout: raw pointers, no torch. Compiled once per instruction
 // set.
 //
-// A row is worked on in blocks of columns, so that the block's dropout mask, which is drawn first,
-// stays in the first-level cache.
+// A row is worked on in short blocks of columns: while the processor draws the dropout mask of one,
+// which is arithmetic alone, it still waits for the data of the one before, and gets both done.
 #pragma once
 
 #include "bias_activation_dropout/bias_activation_dropout.h"
@@ -12,9 +12,22 @@
 namespace fused_attn {
 namespace FUSED_ATTN_ISA {
 
-// Columns of a block: whole counters of Philox.
-constexpr int64_t kBlockColumns = 1024;
-static_assert(kBlockColumns % kBlockElements == 0, "no counter is drawn twice");
+constexpr int64_t kBlockColumns = 128;
+static_assert(kBlockColumns % kBlockElements == 0, "no random word of a whole block is left over");
+
+// Calls body(start, count, keep) for the blocks of row r: columns [start, start + count), and their
+// dropout mask where there is dropout. All blocks but the first begin with a counter of Philox.
+template <typename Body>
+FUSED_ATTN_INLINE void for_blocks(const PhiloxKeys& keys, uint32_t threshold, int64_t r,
+                                  int64_t width, uint32_t* random, Body&& body) {
+  int64_t count = kBlockColumns - (threshold ? r * width % 4 : 0);
+  for (int64_t start = 0; start < width; start += count, count = kBlockColumns) {
+    count = std::min(count, width - start);
+    const uint32_t* keep = nullptr;
+    if (threshold) keep = dropout_keep(keys, threshold, r * width + start, count, random);
+    body(start, count, keep);
+  }
+}
 
 // f(x), and the gradient of x, given that of f(x).
 struct Activated {
@@ -89,18 +102,13 @@ static void for_kind(DType dtype, Unit unit, bool is_gated, Run&& run) {
 template <typename T, Unit kUnit, bool kIsGated>
 static void forward_rows(const BiasActivationDropoutForward& p, int64_t begin, int64_t end) {
   const int64_t width = p.width;
-  const bool has_dropout = p.keep_threshold != 0;
   const Vec scale = broadcast(p.keep_scale);
   Scratch<uint32_t> random(dropout_keep_capacity(kBlockColumns));
   const PhiloxKeys keys(p.seed);
 
   for (int64_t r = begin; r < end; ++r) {
     const int64_t next = std::min(r + 1, end - 1);
-    for (int64_t start = 0; start < width; start += kBlockColumns) {
-      const int64_t count = std::min(kBlockColumns, width - start);
-      const uint32_t* keep = nullptr;
-      if (has_dropout)
-        keep = dropout_keep(keys, p.keep_threshold, r * width + start, count, random.data());
+    const auto block = [&](int64_t start, int64_t count, const uint32_t* keep) {
       const T* x = row_of<T>(p.x, r) + start;
       const T* next_x = row_of<T>(p.x, next) + start;
       const T* residual = p.residual.data ? row_of<T>(p.residual, r) + start : nullptr;
@@ -116,11 +124,12 @@ static void forward_rows(const BiasActivationDropoutForward& p, int64_t begin, i
         Vec v = activate<kUnit>(unit, Vec{}).value;
         if constexpr (kIsGated)
           v *= load_lanes(x + width + i, lanes) + load_lanes(bias + width + i, lanes);
-        if (has_dropout) v = keep_or_zero(v * scale, keep + i);
+        if (keep) v = keep_or_zero(v * scale, keep + i);
         if (residual) v += load_lanes(residual + i, lanes);
         store_lanes(output + i, v, lanes);
       });
-    }
+    };
+    for_blocks(keys, p.keep_threshold, r, width, random.data(), block);
   }
 }
 
@@ -139,7 +148,6 @@ static void backward_chunks(const BiasActivationDropoutBackward& p, int64_t begi
   constexpr int kHalves = kIsGated ? 2 : 1;
   const int64_t width = p.width;
   const int64_t columns = kHalves * width;
-  const bool has_dropout = p.keep_threshold != 0;
   const Vec scale = broadcast(p.keep_scale);
   Scratch<uint32_t> random(dropout_keep_capacity(kBlockColumns));
   const PhiloxKeys keys(p.seed);
@@ -150,11 +158,7 @@ static void backward_chunks(const BiasActivationDropoutBackward& p, int64_t begi
     const int64_t last = std::min(p.rows, (chunk + 1) * p.chunk_rows);
     for (int64_t r = chunk * p.chunk_rows; r < last; ++r) {
       const int64_t next = std::min(r + 1, p.rows - 1);
-      for (int64_t start = 0; start < width; start += kBlockColumns) {
-        const int64_t count = std::min(kBlockColumns, width - start);
-        const uint32_t* keep = nullptr;
-        if (has_dropout)
-          keep = dropout_keep(keys, p.keep_threshold, r * width + start, count, random.data());
+      const auto block = [&](int64_t start, int64_t count, const uint32_t* keep) {
         const T* grad_output = row_of<T>(p.grad_output, r) + start;
         const T* next_grad_output = row_of<T>(p.grad_output, next) + start;
         const T* x = kPasses ? nullptr : row_of<T>(p.x, r) + start;
@@ -170,7 +174,7 @@ static void backward_chunks(const BiasActivationDropoutBackward& p, int64_t begi
             if (grad_x) prefetch_to_write(grad_x + columns, i);
           }
           Vec g = load_lanes(grad_output + i, lanes);
-          if (has_dropout) g *= scale;
+          if (keep) g *= scale;
           Vec gradients[kHalves];
           if constexpr (kPasses) {
             gradients[0] = g;
@@ -189,7 +193,7 @@ static void backward_chunks(const BiasActivationDropoutBackward& p, int64_t begi
           for (int half = 0; half < kHalves; ++half) {
             const int64_t column = half * width + i;
             // Last, since what is dropped may have a derivative of NaN.
-            if (has_dropout) gradients[half] = keep_or_zero(gradients[half], keep + i);
+            if (keep) gradients[half] = keep_or_zero(gradients[half], keep + i);
             if (partial) {
               const Vec sum = load_lanes(partial + column, lanes) + gradients[half];
               store_lanes(partial + column, sum, lanes);
@@ -197,7 +201,8 @@ static void backward_chunks(const BiasActivationDropoutBackward& p, int64_t begi
             if (grad_x) store_lanes(grad_x + column, gradients[half], lanes);
           }
         });
-      }
+      };
+      for_blocks(keys, p.keep_threshold, r, width, random.data(), block);
     }
   }
 }

@@ -254,11 +254,10 @@ FUSED_ATTN_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 // e^x for x <= 0, to about 1 unit in the last place: `exp` with less to watch. 0 below -87.3, NaN
 // for NaN.
 FUSED_ATTN_INLINE Vec exp_of_negative(Vec x) {
-  const Vec clamped = max(broadcast(-87.4f), x);
   const Vec magic = broadcast(12582912.0f);  // as in exp
-  const Vec shifted = clamped * 1.44269504088896341f + magic;
+  const Vec shifted = x * 1.44269504088896341f + magic;
   const Vec n = shifted - magic;
-  Vec r = clamped - n * 0.693145751953125f;
+  Vec r = x - n * 0.693145751953125f;
   r = r - n * 1.42860682030941723e-6f;
   Vec p = broadcast(1.3981999507e-3f);
   p = p * r + 8.3334519073e-3f;

@@ -267,4 +267,5 @@ CASES: tuple[BiasActivationDropoutCase, ...] = (
         _benchmark(16384, width, "gelu", dropout_p=0.1, gpu_only=True, dtypes=(torch.bfloat16,))
         for width in (4096, 8192)
     ),
+    _benchmark(16384, 5504, "silu", gated=True, gpu_only=True, dtypes=(torch.bfloat16,)),
 )
