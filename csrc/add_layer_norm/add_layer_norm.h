@@ -18,6 +18,7 @@ struct AddLayerNormForward {
   const float* weight;  // [width] or null: ones
   const float* bias;    // [width] or null: zeros
   void* output;         // T [rows, width]
+  bool stream_output;   // `stream_lanes` may and should write it
   void* sum;            // T or fp32 [rows, width], or null
   bool sum_is_fp32;
   float* mean;  // [rows], or null for RMSNorm
@@ -45,6 +46,7 @@ struct AddLayerNormBackward {
   const float* rstd;    // [rows]
   const float* weight;  // [width] or null: ones
   void* grad_x;         // T [rows, width]
+  bool stream_grad_x;   // as `stream_output`
   void* grad_residual;  // T or fp32 [rows, width], or null: grad_x is it, or nobody needs it
   bool grad_residual_is_fp32;
   float* partial_x_bias;  // [chunks, width] or null, as the next two

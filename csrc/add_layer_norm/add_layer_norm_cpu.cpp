@@ -5,7 +5,7 @@
 
 #include "add_layer_norm/add_layer_norm.h"
 #include "common/dispatch.h"
-#include "common/huge_pages.h"
+#include "common/large_outputs.h"
 
 namespace fused_attn {
 namespace {
@@ -58,6 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward_cpu(
   p.weight = parameter(weight, weight_owner);
   p.bias = parameter(bias, bias_owner);
   p.output = output.mutable_data_ptr();
+  p.stream_output = should_stream(output);
   p.sum = sum_dtype ? sum.mutable_data_ptr() : nullptr;
   p.sum_is_fp32 = is_fp32("sum", sum, dtype);
   p.mean = is_rms ? nullptr : mean.mutable_data_ptr<float>();
@@ -111,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
   p.rstd = rstd_rows.const_data_ptr<float>();
   p.weight = parameter(weight, weight_owner);
   p.grad_x = grad_x.mutable_data_ptr();
+  p.stream_grad_x = should_stream(grad_x);
   p.grad_residual = grad_residual_dtype ? grad_residual.mutable_data_ptr() : nullptr;
   p.grad_residual_is_fp32 = is_fp32("grad_residual", grad_residual, dtype);
 

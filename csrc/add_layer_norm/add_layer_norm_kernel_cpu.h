@@ -105,7 +105,7 @@ static void add_layer_norm_forward_rows(const AddLayerNormForward& parameters, i
     Vec deviations[kSlots] = {};
     Vec squares[kSlots] = {};
     for_vectors(width, [&](int64_t i, auto lanes, int slot) {
-      if (slot == 0) prefetch_to_write(output, i);
+      if (slot == 0 && !p.stream_output) prefetch_to_write(output, i);
       const Vec s = make_sum(i, lanes);
       store(sum + i, s);
       const Vec d = zero_beyond(s - estimate, lanes);
@@ -132,21 +132,28 @@ static void add_layer_norm_forward_rows(const AddLayerNormForward& parameters, i
     const int64_t next = std::min(r + 1, end - 1);
     const T* next_x = row_of<T>(p.x, next);
     const MixedRow<T> next_residual(p.residual, p.residual_is_fp32, next);
-    for_vectors(width, [&](int64_t i, auto lanes, int slot) {
-      if (slot == 0) {
-        prefetch(next_x, i);
-        if (next_residual) next_residual.prefetch_columns(i);
-      }
-      Vec result = ((load(sum + i) - estimate) - correction) * rstd;
-      if (p.weight) [[likely]]
-        result *= load_lanes(p.weight + i, lanes);
-      if (p.bias) [[likely]]
-        result += load_lanes(p.bias + i, lanes);
-      store_lanes(output + i, result, lanes);
-    });
+    const auto write_output = [&](auto write) __attribute__((always_inline)) {
+      for_vectors(width, [&](int64_t i, auto lanes, int slot) {
+        if (slot == 0) {
+          prefetch(next_x, i);
+          if (next_residual) next_residual.prefetch_columns(i);
+        }
+        Vec result = ((load(sum + i) - estimate) - correction) * rstd;
+        if (p.weight) [[likely]]
+          result *= load_lanes(p.weight + i, lanes);
+        if (p.bias) [[likely]]
+          result += load_lanes(p.bias + i, lanes);
+        write(output + i, result, lanes);
+      });
+    };
+    if (p.stream_output) [[unlikely]]
+      write_output([](auto... target) { stream_lanes(target...); });
+    else
+      write_output([](auto... target) { store_lanes(target...); });
     if constexpr (!kIsRms) p.mean[r] = estimate + correction;
     p.rstd[r] = rstd;
   }
+  if (p.stream_output) end_streams();
 }
 
 template <typename T>
@@ -277,6 +284,7 @@ static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<
                                float* partial_x_bias, float* partial_weight, float* partial_bias) {
   const Vec scale = broadcast(p.keep_scale);
   const float* weights = p.weight;
+  const bool stream = p.stream_grad_x;
   BackwardRow<T> rows[kRows];  // a copy, which no store can have changed
   std::copy_n(group, kRows, rows);
   for_vectors(p.width, [&](int64_t i, auto lanes, int slot) {
@@ -295,7 +303,7 @@ static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<
       const BackwardRow<T>& row = rows[k];
       if (slot == 0) {
         prefetch(row.next_grad_output, i);
-        prefetch_to_write(row.next_grad_x, i);
+        if (!stream) prefetch_to_write(row.next_grad_x, i);
       }
       const Vec grad_output = load_lanes(row.grad_output + i, lanes);
       const Vec y = load(row.normalised + i);
@@ -312,7 +320,10 @@ static void backward_gradients(const AddLayerNormBackward& p, const BackwardRow<
       if (!kIsPlain && row.grad_residual) row.grad_residual.store(i, grads[k], lanes);
       const Vec grad_x = drop<kHasDropout>(grads[k], row.keep, i, scale);
       grad_x_bias += grad_x;
-      store_lanes(row.grad_x + i, grad_x, lanes);
+      if (stream) [[unlikely]]
+        stream_lanes(row.grad_x + i, grad_x, lanes);
+      else
+        store_lanes(row.grad_x + i, grad_x, lanes);
     }
     if (!kIsPlain && partial_x_bias) store_lanes(partial_x_bias + i, grad_x_bias, lanes);
     if (kIsPlain || partial_weight) store_lanes(partial_weight + i, grad_weight, lanes);
@@ -354,6 +365,7 @@ static void add_layer_norm_backward_chunks(const AddLayerNormBackward& p, int64_
                                                         partial_bias);
     }
   }
+  if (p.stream_grad_x) end_streams();
 }
 
 template <typename T>

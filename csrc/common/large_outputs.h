@@ -1,4 +1,4 @@
-// Outputs in huge pages, where the system leaves the choice to the program.
+// What large outputs gain from: huge pages under them, and stores past the caches.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,6 +22,16 @@ inline at::Tensor in_huge_pages(at::Tensor tensor) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return tensor;
+}
+
+// Whether `stream_lanes` may write the rows of an output, and should: it is as large as third-level
+// caches are, so that its beginning would be gone when somebody reads it. (What the system says of
+// the cache is no help: a virtual machine may see the caches of a whole socket.)
+inline bool should_stream(const at::Tensor& output) {
+  constexpr uintptr_t kLine = 64;
+  constexpr size_t kCache = size_t{32} << 20;
+  return output.nbytes() > kCache && output.size(-1) * output.itemsize() % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(output.const_data_ptr()) % kLine == 0;
 }
 
 }  // namespace fused_attn

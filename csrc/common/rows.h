@@ -33,6 +33,42 @@ FUSED_ATTN_INLINE void store_lanes(T* p, Vec v, int64_t lanes) {
   store_partial(p, v, lanes);
 }
 
+// Stores past the caches, which then need not read the line first: for a row that begins at a cache
+// line and ends at one, of a tensor that no cache would hold until somebody reads it. The baseline,
+// and tails, store as ever.
+template <typename T>
+FUSED_ATTN_INLINE void stream_lanes(T* p, Vec v, FullVec) {
+  T lanes[kVec];
+  store(lanes, v);
+#if defined(FUSED_ATTN_ISA_AVX512)
+  if constexpr (sizeof(T) == 4)
+    _mm512_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m512>(v));
+  else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+#elif defined(FUSED_ATTN_ISA_AVX2)
+  if constexpr (sizeof(T) == 4)
+    _mm256_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m256>(v));
+  else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes)));
+#else
+  std::memcpy(p, lanes, sizeof(lanes));
+#endif
+}
+
+template <typename T>
+FUSED_ATTN_INLINE void stream_lanes(T* p, Vec v, int64_t lanes) {
+  store_lanes(p, v, lanes);
+}
+
+// Makes what was streamed visible to whom this thread wakes next.
+FUSED_ATTN_INLINE void end_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 FUSED_ATTN_INLINE Vec zero_beyond(Vec v, FullVec) { return v; }
 
 FUSED_ATTN_INLINE Vec zero_beyond(Vec v, int64_t lanes) {

@@ -130,6 +130,26 @@ def test_every_instruction_set(capability: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_outputs_have_the_bits_of_small_ones(dtype: torch.dtype) -> None:
+    """Kernels may write a large output in another way."""
+    if "cpu" not in BACKENDS:
+        pytest.skip("add_layer_norm: the C++ extension is not available here")
+    rows = (2**25 // 1024) // dtype.itemsize + 8  # a little more than 32 MiB
+    x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+    def run(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = x[part].clone().requires_grad_()
+        output = add_layer_norm(leaf, leaf.detach(), backend="cpu")
+        (grad,) = torch.autograd.grad(output, leaf, x[part].flip(-1))
+        return output.detach(), grad
+
+    whole = run(slice(None))
+    parts = run(slice(0, rows // 2)), run(slice(rows // 2, None))
+    for i, name in enumerate(("output", "gradient")):
+        assert_bit_equal(name, whole[i], torch.cat([part[i] for part in parts]))
+
+
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     if "cpu" not in BACKENDS:
         pytest.skip("add_layer_norm: the C++ extension is not available here")
