@@ -8,7 +8,7 @@
 
 #include "attention/attention.h"
 #include "common/dispatch.h"
-#include "common/huge_pages.h"
+#include "common/large_outputs.h"
 
 namespace fused_attn {
 namespace {

@@ -7,7 +7,7 @@
 
 #include "bias_activation_dropout/bias_activation_dropout.h"
 #include "common/dispatch.h"
-#include "common/huge_pages.h"
+#include "common/large_outputs.h"
 
 namespace fused_attn {
 namespace {
