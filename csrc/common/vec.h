@@ -277,23 +277,42 @@ FUSED_ATTN_INLINE Vec tanh(Vec x) {
 // 1 / (1 + e^-x); NaN for NaN.
 FUSED_ATTN_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
-// e^x for x <= 0, to about 1 unit in the last place: `exp` with less to watch. 0 below -87.3, NaN
+// The value without its sign.
+FUSED_ATTN_INLINE Vec magnitude(Vec x) {
+  return as_vec(reinterpret_cast<VecI>(x) & std::numeric_limits<int32_t>::max());
+}
+
+// `below` where the sign bit of x is set, else `above`.
+FUSED_ATTN_INLINE Vec by_sign(Vec x, Vec below, Vec above) {
+  return select(reinterpret_cast<VecI>(x) < VecI{}, below, above);
+}
+
+// Adding it rounds a number in [-127, 0] to an integer n and leaves n + 127, the exponent of 2^n,
+// in the low bits: 2^-127 becomes 0.
+constexpr float kExponent = 12582912.0f + 127.0f;  // 1.5 * 2^23
+
+// 2^(n + r), where `shifted` is kExponent + n and |r| <= 1/2, to about 1 unit in the last place.
+// The polynomial has the least relative error of its degree.
+FUSED_ATTN_INLINE Vec exp2_of_negative(Vec shifted, Vec r) {
+  Vec p = broadcast(1.5345789e-4f);
+  p = p * r + 1.3399930861e-3f;
+  p = p * r + 9.6184890476e-3f;
+  p = p * r + 5.5503287784e-2f;
+  p = p * r + 2.402264689e-1f;
+  p = p * r + 6.9314720574e-1f;
+  p = p * r + 1.0f;
+  return p * as_vec(reinterpret_cast<VecI>(shifted) << 23);
+}
+
+// e^x for x <= 0, to about 1 unit in the last place: `exp` with less to watch. 0 below -87.7, NaN
 // for NaN.
 FUSED_ATTN_INLINE Vec exp_of_negative(Vec x) {
-  const Vec magic = broadcast(12582912.0f);  // as in exp
-  const Vec shifted = x * 1.44269504088896341f + magic;
-  const Vec n = shifted - magic;
+  x = max(broadcast(-88.0f), x);
+  const Vec shifted = x * 1.44269504088896341f + kExponent;
+  const Vec n = shifted - kExponent;
   Vec r = x - n * 0.693145751953125f;
   r = r - n * 1.42860682030941723e-6f;
-  Vec p = broadcast(1.3981999507e-3f);
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // The low bits of `shifted` are n.
-  const Vec power = as_vec((reinterpret_cast<VecI>(shifted) << 23) + 0x3F800000);
-  return select(x < broadcast(-87.33654f), Vec{}, p * power);
+  return exp2_of_negative(shifted, r * 1.44269504088896341f);
 }
 
 // 1 / (1 + e^-x) and its derivative. Neither overflows nor cancels at either end.
@@ -303,38 +322,43 @@ struct Sigmoid {
 };
 
 FUSED_ATTN_INLINE Sigmoid sigmoid_with_slope(Vec x) {
-  const Vec e = exp_of_negative(-max(-x, x));
+  const Vec e = exp_of_negative(-magnitude(x));
   const Vec r = 1.0f / (1.0f + e);
   const Vec below = e * r;
-  return {select(x < Vec{}, below, r), below * r};
+  return {by_sign(x, below, r), below * r};
 }
 
 // The standard normal distribution: P(X <= x) = (1 + erf(x / sqrt(2))) / 2 to about 3 units in the
-// last place, below 0 too, where that formula cancels; and e^(-x^2 / 2), its density but for a
-// factor. NaN for NaN.
+// last place, and for x < 0, where that formula cancels, to as many as e^(-x^2 / 2), the second
+// result, has: its density but for a factor. NaN for NaN.
 //
-// The form is that of Hastings (Abramowitz and Stegun, 7.1.26, https://dlmf.nist.gov/7.24): below
-// 0, e^(-x^2 / 2) t P(t) with t = 1 / (1 + c |x|). Coefficients by Remez's algorithm for the least
-// relative error over [0, 13.3], which is 2.1e-8 with these c and degree.
+// Below 0 the probability is e^(-x^2 / 2) times Mills' ratio over sqrt(2 pi) (DLMF 7.8.1,
+// https://dlmf.nist.gov/7.8), for which is taken P(|x|) / Q(|x|) of the least relative error over
+// [0, 13.4], by Remez's algorithm: 9e-9.
 struct Normal {
   Vec probability;
   Vec bell;
 };
 
 FUSED_ATTN_INLINE Normal normal_distribution(Vec x) {
-  const Vec bell = exp_of_negative(x * x * -0.5f);
-  const Vec t = 1.0f / (max(-x, x) * 0.26f + 1.0f);
-  Vec p = broadcast(0.030896117696f);
-  p = p * t - 0.15474031189f;
-  p = p * t + 0.25546673865f;
-  p = p * t - 0.1555359562f;
-  p = p * t + 0.16415243311f;
-  p = p * t + 0.049642516869f;
-  p = p * t + 0.10339132541f;
-  p = p * t + 0.10296493557f;
-  p = p * t + 0.10376219062f;
-  const Vec below = bell * (p * t);
-  return {select(x < Vec{}, below, 1.0f - below), bell};
+  constexpr float kHalfLog2E = -0.72134751081466675f;  // nearest to -log2(e) / 2, by 1 in 10^8
+  const Vec square = min(broadcast(176.0f), x * x);    // beyond, the bell is 0
+  const Vec shifted = square * kHalfLog2E + kExponent;
+  const Vec bell = exp2_of_negative(shifted, square * kHalfLog2E - (shifted - kExponent));
+  const Vec a = min(broadcast(14.0f), magnitude(x));  // whose powers stay finite
+  Vec p = broadcast(3.854847672e-3f);
+  p = p * a + 3.891709544e-2f;
+  p = p * a + 1.782163616e-1f;
+  p = p * a + 4.316352405e-1f;
+  p = p * a + 0.5f;
+  Vec q = broadcast(9.662505624e-3f);
+  q = q * a + 9.755903536e-2f;
+  q = q * a + 4.562013973e-1f;
+  q = q * a + 1.181840834f;
+  q = q * a + 1.661155168f;
+  q = q * a + 1.0f;
+  const Vec below = bell * (p / q);
+  return {by_sign(x, below, 1.0f - below), bell};
 }
 
 }  // namespace FUSED_ATTN_ISA

@@ -43,16 +43,18 @@ def normal_distribution(x):
     The form and the coefficients are those of csrc/common/vec.h.
     """
     bell = tl.exp(x * x * -0.5)
-    t = 1.0 / (tl.abs(x) * 0.26 + 1.0)
-    p = 0.030896117696 * t - 0.15474031189
-    p = p * t + 0.25546673865
-    p = p * t - 0.1555359562
-    p = p * t + 0.16415243311
-    p = p * t + 0.049642516869
-    p = p * t + 0.10339132541
-    p = p * t + 0.10296493557
-    p = p * t + 0.10376219062
-    below = bell * (p * t)
+    # Beyond 14 the bell is 0, and powers would be infinite.
+    a = tl.minimum(tl.abs(x), 14.0)
+    p = 3.854847672e-3 * a + 3.891709544e-2
+    p = p * a + 1.782163616e-1
+    p = p * a + 4.316352405e-1
+    p = p * a + 0.5
+    q = 9.662505624e-3 * a + 9.755903536e-2
+    q = q * a + 4.562013973e-1
+    q = q * a + 1.181840834
+    q = q * a + 1.661155168
+    q = q * a + 1.0
+    below = bell * (p / q)
     return tl.where(x < 0.0, below, 1.0 - below), bell
 
 
