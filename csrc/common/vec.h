@@ -341,10 +341,10 @@ struct Normal {
 };
 
 FUSED_ATTN_INLINE Normal normal_distribution(Vec x) {
-  constexpr float kHalfLog2E = -0.72134751081466675f;  // nearest to -log2(e) / 2, by 1 in 10^8
-  const Vec square = min(broadcast(176.0f), x * x);    // beyond, the bell is 0
-  const Vec shifted = square * kHalfLog2E + kExponent;
-  const Vec bell = exp2_of_negative(shifted, square * kHalfLog2E - (shifted - kExponent));
+  constexpr float kMinusHalfLog2E = -0.72134751081466675f;  // nearest to -log2(e) / 2, by 1 in 10^8
+  const Vec square = min(broadcast(176.0f), x * x);         // beyond, the bell is 0
+  const Vec shifted = square * kMinusHalfLog2E + kExponent;
+  const Vec bell = exp2_of_negative(shifted, square * kMinusHalfLog2E - (shifted - kExponent));
   const Vec a = min(broadcast(14.0f), magnitude(x));  // whose powers stay finite
   Vec p = broadcast(3.854847672e-3f);
   p = p * a + 3.891709544e-2f;

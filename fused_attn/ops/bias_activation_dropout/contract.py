@@ -178,6 +178,22 @@ torch.library.register_autograd(
 )
 
 
+class _Eager(torch.autograd.Function):
+    """The registered gradient, for eager calls.
+
+    ``torch.library`` has autograd of its own around an operator, which asks the schema for its
+    arguments once for each of them: that takes longer than a small call's kernels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = torch.ops.fused_attn.bias_activation_dropout_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_autograd)
+
+
 def bias_activation_dropout_fused(
     x: Tensor,
     bias: Tensor | None,
@@ -189,6 +205,9 @@ def bias_activation_dropout_fused(
     backend: str,
 ) -> Tensor:
     """Output by a fused backend; ``activation`` is ``IDENTITY`` where there is none."""
-    return torch.ops.fused_attn.bias_activation_dropout_forward(
-        x, bias, residual, seed, activation, gated, dropout_p, backend
-    )
+    tensors = (x, bias, residual)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    call: Any = torch.ops.fused_attn.bias_activation_dropout_forward
+    if needs_grad and not torch.compiler.is_compiling():
+        call = _Eager.apply
+    return call(*tensors, seed, activation, gated, dropout_p, backend)
