@@ -44,16 +44,6 @@ def tile_mask(
 
 
 @triton.jit
-def load_parameter(parameter_ptr, columns, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Elements of a weight or a bias in fp32; 0 beyond the width. # [1, BLOCK_N]"""
-    if WIDTH % BLOCK_N != 0:
-        values = tl.load(parameter_ptr + columns, mask=columns < WIDTH, other=0.0)
-    else:
-        values = tl.load(parameter_ptr + columns)
-    return values.to(tl.float32)
-
-
-@triton.jit
 def dropout_keep(
     seed,
     keep_threshold,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from fused_attn import add_layer_norm
 from fused_attn.ops._philox import keep_mask
+from fused_attn.ops.add_layer_norm import triton as triton_backend
 from fused_attn.validation import compare, fused_backends
 from tests.triton_tools.ahead_of_time import (
     SHARED_MEMORY_LIMIT,
@@ -242,20 +243,45 @@ def test_a_named_backend_says_why_it_cannot() -> None:
     assert lines[-1].startswith("  available here: ")
 
 
+BF16: dict[str, Any] = {"dtype": "bfloat16"}
+FP32: dict[str, Any] = {"dtype": "float32"}
+# Dropout and the bias of the branch, in the sum and out of it; all that takes registers.
+PRE_NORM: dict[str, Any] = {"dropout_p": 0.1, "x_bias": True, "return_sum": True}
+POST_NORM: dict[str, Any] = {"dropout_p": 0.1, "x_bias": True}
+FP32_STREAM: dict[str, Any] = {"fp32_residual": True, "fp32_parameters": True}
 CALLS = [
-    {"dtype": "float32", "width": 512},
-    {"dtype": "bfloat16", "width": 1024},
-    {"dtype": "bfloat16", "width": 1024, "dropout_p": 0.0, "fp32_parameters": True},
-    {"dtype": "float16", "width": 4096},
-    {"dtype": "bfloat16", "width": 8192},
-    {"dtype": "bfloat16", "width": 16384},
-    {"dtype": "float32", "width": 256},
-    # Widths that took most registers.
-    {"dtype": "float32", "width": 1021},
-    {"dtype": "bfloat16", "width": 1021},
-    {"dtype": "bfloat16", "width": 16381},
-    {"dtype": "float32", "width": 29, "dropout_p": 0.0},
+    # Many rows share a tile.
+    BF16 | {"width": 1, "x_bias": True},
+    BF16 | {"width": 29} | PRE_NORM,
+    FP32 | {"width": 29, "is_rms": True, "dropout_p": 0.1},
+    BF16 | {"width": 64, "fp32_parameters": True},
+    FP32 | {"width": 256},
+    BF16 | {"width": 512} | POST_NORM,
+    {"dtype": "float16", "width": 768, "is_rms": True, "residual": False},
+    # Divisible by what 16 bytes hold, and not by 16, which triton looks for.
+    BF16 | {"width": 1000, "x_bias": True},
+    BF16 | {"width": 1021} | POST_NORM,
+    FP32 | {"width": 1021} | POST_NORM | FP32_STREAM,
+    BF16 | {"width": 1024},
+    BF16 | {"width": 1024} | PRE_NORM | FP32_STREAM,
+    FP32 | {"width": 1024} | POST_NORM,
+    BF16 | {"width": 2048, "return_sum": True, "fp32_sum": True, "is_rms": True},
+    # One row a tile.
+    BF16 | {"width": 4096},
+    BF16 | {"width": 4096} | PRE_NORM,
+    FP32 | {"width": 4096} | POST_NORM,
+    BF16 | {"width": 5120, "return_sum": True},
+    BF16 | {"width": 8192, "fp32_parameters": True},
+    BF16 | {"width": 8192, "return_sum": True} | FP32_STREAM,
+    # Slices of a row in the backward.
+    {"dtype": "float16", "width": 12288, "is_rms": True} | POST_NORM,
+    BF16 | {"width": 16381} | POST_NORM,
+    FP32 | {"width": 16384},
+    # Two walks over a row in the forward.
+    BF16 | {"width": 65536} | PRE_NORM,
+    BF16 | {"width": 65536} | POST_NORM,
 ]
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @pytest.mark.slow
@@ -263,18 +289,66 @@ CALLS = [
 def test_compiles_ahead_of_time_without_spills(target: str) -> None:
     if "triton" not in BACKENDS:
         pytest.skip("add_layer_norm: triton is not installed")
-    reports = compile_in_subprocess(target, "add_layer_norm", CALLS)
-    # Each call has a forward of its own, and backwards from the sum and from x; the two widest
-    # rows are walked over by the same backwards.
-    kernels = [r["kernel"] for r in reports]
-    assert kernels.count("add_layer_norm_forward_kernel") == len(CALLS)
-    assert kernels.count("add_layer_norm_backward_kernel") == 2 * (len(CALLS) - 1)
-    assert any(r["kernel"] == "reduce_partials_kernel" for r in reports)
+    reports = compile_in_subprocess(target, "add_layer_norm", CALLS, disassemble=True)
+    kernels = [report["kernel"] for report in reports]
+    for kernel, calls in (("forward", CALLS), ("backward", CALLS), ("means", CALLS[-5:])):
+        assert kernels.count(f"add_layer_norm_{kernel}_kernel") == len(calls), kernel
+    assert "reduce_partials_kernel" in kernels
     for report in reports:
         assert report["registers"] > 0, report
         assert report["spilled_bytes"] == 0, report
         assert report["shared"] <= SHARED_MEMORY_LIMIT[target], report
-        row_kernel = "reduce" not in report["kernel"]
-        if row_kernel and report["call"]["width"] % 16 == 0:
-            assert report["wide_loads"] > 0, report
-            assert report["wide_stores"] > 0, report
+        assert_wide_accesses(report)
+
+
+def assert_wide_accesses(report: dict[str, Any]) -> None:
+    """Where 16 bytes divide a row, its tensors move 16 bytes an instruction.
+
+    A thread has as many such instructions as its share of a tile takes, at least; and none that
+    moves 16 bits, as only an element of a row or a parameter in half precision would.
+    """
+    call, kernel = report["call"], report["kernel"].split("_")[-2]
+    size = ITEMSIZE[call["dtype"]]
+    if kernel == "partials" or call["width"] * size % 16 != 0:
+        return
+    if "loads" not in report:
+        assert report["wide_loads"] > 0, report
+        assert report["wide_stores"] > 0 or kernel == "means", report
+        return
+    loads, stores = bytes_an_element(call, kernel)
+    width, has_dropout = call["width"], "dropout_p" in call
+    if kernel == "means":
+        share = triton_backend.MEANS_BLOCK // triton_backend.THREADS
+    else:
+        sums = 1 + (not call.get("is_rms", False)) + call.get("x_bias", False)
+        tile = (
+            triton_backend.forward_tiling(width, max(row_sizes(call)), has_dropout)
+            if kernel == "forward"
+            else triton_backend.backward_tiling(width, max(row_sizes(call)), has_dropout, sums)
+        )
+        share = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
+    assert report["loads"].get("128", 0) >= share * loads // 16, report
+    assert report["stores"].get("128", 0) >= share * stores // 16, report
+    for narrow in ("8", "16"):
+        assert narrow not in report["loads"], report
+        assert narrow not in report["stores"], report
+
+
+def bytes_an_element(call: dict[str, Any], kernel: str) -> tuple[int, int]:
+    """What a kernel loads and stores of rows."""
+    size, residual, total = row_sizes(call)
+    source = total if "return_sum" in call else size + residual
+    if kernel == "forward":
+        return size + residual, size + total
+    if kernel == "means":
+        return size + source, 0
+    is_separate = residual > 0 and ("dropout_p" in call or residual != size)
+    return size + source + total, size + is_separate * residual
+
+
+def row_sizes(call: dict[str, Any]) -> tuple[int, int, int]:
+    """Item sizes of x, of the residual and of the sum; 0 where there is none."""
+    size = ITEMSIZE[call["dtype"]]
+    residual = 4 if call.get("fp32_residual", False) else size
+    total = 4 if call.get("fp32_sum", False) else residual
+    return size, residual * call.get("residual", True), total * call.get("return_sum", False)

@@ -1,10 +1,11 @@
 """Compiles the launches of a Triton backend for GPUs that are not there, and reads the result.
 
-    python -m tests.triton_tools.ahead_of_time sm_90 attention < calls.json
+    python -m tests.triton_tools.ahead_of_time sm_90 attention [--disassemble] < calls.json
 
 A stand-in driver names the target, and every launch is turned into a compilation, so the
 project's own launchers decide signatures, specialisation and launch parameters. Prints one JSON
-object a compiled kernel: registers, spills, shared memory, instructions that matter. It must be a
+object a compiled kernel: registers, spills, shared memory, instructions that matter; if asked, for
+NVIDIA GPUs, those of the machine code too, as triton's own disassembler lists it. It must be a
 process without TRITON_INTERPRET, in which the kernels would be interpreted functions.
 """
 
@@ -17,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ _WIDE_LOAD = (
 
 
 def compile_in_subprocess(
-    target: str, op: str, calls: list[dict[str, Any]]
+    target: str, op: str, calls: list[dict[str, Any]], disassemble: bool = False
 ) -> list[dict[str, Any]]:
     """Resource reports of the different kernels that calls of an op launch.
 
@@ -39,10 +41,13 @@ def compile_in_subprocess(
         target: One of :data:`TARGETS`.
         op: One of :data:`LAUNCHERS`.
         calls: Keyword arguments of the op's launcher.
+        disassemble: Count what accesses global memory in the machine code, for NVIDIA GPUs:
+            ``loads`` and ``stores``, by bits a thread.
     """
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.triton_tools.ahead_of_time", target, op]
     result = subprocess.run(
-        [sys.executable, "-m", "tests.triton_tools.ahead_of_time", target, op],
+        command + ["--disassemble"] * disassemble,
         input=json.dumps(calls),
         # A cache hit would skip the assembler, whose log has the registers and spills.
         env={**clean, "TRITON_ALWAYS_COMPILE": "1"},
@@ -72,7 +77,7 @@ class _StandInDriver:
         return 0
 
 
-def _compile(target: str, op: str, calls: list[dict[str, Any]]) -> None:
+def _compile(target: str, op: str, calls: list[dict[str, Any]], disassemble: bool) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -96,6 +101,8 @@ def _compile(target: str, op: str, calls: list[dict[str, Any]]) -> None:
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             reports.append(_report(kernel.__name__, compiled, log.getvalue()))
+            if disassemble and "cubin" in compiled.asm:
+                reports[-1] |= _accesses(compiled.asm["cubin"])
 
     JITFunction.run = compile_only
     try:
@@ -113,37 +120,66 @@ def _compile(target: str, op: str, calls: list[dict[str, Any]]) -> None:
 def _launch_add_layer_norm(
     dtype: str,
     width: int,
-    rows: int = 4096,
-    dropout_p: float = 0.1,
+    rows: int = 16384,
+    dropout_p: float = 0.0,
+    is_rms: bool = False,
+    x_bias: bool = False,
+    residual: bool = True,
+    fp32_residual: bool = False,
     fp32_parameters: bool = False,
+    return_sum: bool = False,
+    fp32_sum: bool = False,
+    backward: bool = True,
 ) -> None:
-    """Forward and backward of ``add_layer_norm`` with everything on, on tensors without memory."""
+    """Forward and backward of ``add_layer_norm`` on a GPU of 132 multiprocessors.
+
+    RMSNorm has no bias. Every parameter needs a gradient.
+    """
     import torch
 
     from fused_attn.ops.add_layer_norm import triton as backend
 
     kind = getattr(torch, dtype)
-    parameter = torch.float32 if fp32_parameters else kind
-    x, residual, grad = (torch.empty(rows, width, dtype=kind, device="meta") for _ in range(3))
-    weight, bias = (torch.empty(width, dtype=parameter, device="meta") for _ in range(2))
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    statistics = torch.empty(rows, device="meta")
-    backend.forward(x, residual, weight, bias, seed, 1e-5, dropout_p, True)
-    for x_is_sum in (True, False):
-        backend.backward(
-            grad,
-            grad,
-            x,
-            None if x_is_sum else residual,
-            statistics,
-            statistics,
-            weight,
-            seed,
-            dropout_p,
-            x_is_sum,
-            True,
-            True,
-        )
+    parameter_kind = torch.float32 if fp32_parameters else kind
+    residual_kind = torch.float32 if fp32_residual else kind
+    sum_kind = torch.float32 if fp32_sum else residual_kind
+
+    def of_rows(kind: torch.dtype) -> torch.Tensor:
+        return torch.empty(rows, width, dtype=kind, device="meta")
+
+    def parameter() -> torch.Tensor:
+        return torch.empty(width, dtype=parameter_kind, device="meta")
+
+    x, grad_output = of_rows(kind), of_rows(kind)
+    branch_bias = parameter() if x_bias else None
+    stream = of_rows(residual_kind) if residual else None
+    weight, bias = parameter(), None if is_rms else parameter()
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p > 0.0 else None
+    sum_dtype = sum_kind if return_sum else None
+    backend.multiprocessor_count = lambda _: 132
+    _, total, mean, rstd = backend.forward(
+        x, branch_bias, stream, weight, bias, seed, 1e-5, dropout_p, is_rms, sum_dtype
+    )
+    if not backward:
+        return
+    separate = residual and (dropout_p > 0.0 or residual_kind != kind)
+    sources = (total, None, None) if return_sum else (x, branch_bias, stream)
+    backend.backward(
+        grad_output,
+        total if return_sum else None,
+        *sources,
+        mean,
+        rstd,
+        weight,
+        seed,
+        dropout_p,
+        is_rms,
+        return_sum,
+        residual_kind if separate else None,
+        x_bias,
+        True,
+        not is_rms,
+    )
 
 
 def _launch_bias_activation_dropout(
@@ -299,6 +335,24 @@ LAUNCHERS = {
 }
 
 
+def _accesses(cubin: bytes) -> dict[str, dict[str, int]]:
+    """How many instructions access global memory, copies to shared memory among the loads."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, dict[str, int]] = {"loads": {}, "stores": {}}
+    for instruction, modifiers in re.findall(r"\b(LDG|LDGSTS|STG)\b((?:\.\w+)*)", code):
+        width = re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)
+        counts = found["stores" if instruction == "STG" else "loads"]
+        bits = width[1] if width else "32"
+        counts[bits] = counts.get(bits, 0) + 1
+    return found
+
+
 def _report(name: str, compiled: Any, log: str) -> dict[str, Any]:
     def total(pattern: str, text: str) -> int:
         return sum(int(n) for n in re.findall(pattern, text))
@@ -330,4 +384,4 @@ def _report(name: str, compiled: Any, log: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _compile(sys.argv[1], sys.argv[2], json.load(sys.stdin))
+    _compile(sys.argv[1], sys.argv[2], json.load(sys.stdin), "--disassemble" in sys.argv)

@@ -22,18 +22,30 @@ from .._triton import (
 
 MAX_WIDTH = 65536
 
-# A thread's share of a tile, in bytes of x: two accesses of 16 bytes.
+# A thread's share of a tile, in bytes of x: two accesses of 16 bytes. In elements, where other
+# things take registers; and where, moreover, each element draws a counter of Philox for itself.
 _BYTES_PER_THREAD = 32
-_THREADS = 256
-"""Of a program, where a row does not need more."""
-_MAX_THREADS = 1024
-# Of a multiprocessor.
+_SMALL_SHARE = 8
+_SMALLEST_SHARE = 4
+# Threads of a program that has short rows.
+THREADS = 256
+# Registers of a multiprocessor, and the threads that they are for.
 _REGISTERS = 65536
-# Columns of a tile at most: beyond, the forward walks over its row in blocks, and the backward's
-# programs take slices of it.
-_MAX_FORWARD_BLOCK = 16384
-_MAX_BACKWARD_BLOCK = 8192
+_FORWARD_THREADS = 1024
+_FORWARD_THREADS_OF_ODD_ROWS = 512
+_BACKWARD_THREADS = 512
+# Rows of a tile at most: a thread has two, or one.
+_MAX_ROWS = 512
+# Columns that a program of the backward takes of a longer row.
 _SLICES = (4096, 2048, 1024)
+# Columns of a row of which the means are taken, at a time.
+MEANS_BLOCK = 2048
+# Bytes of rows that should be on their way to a multiprocessor while the backward works on others;
+# tiles ahead at most; and the shared memory of a multiprocessor that they may take, where copies
+# to it are asynchronous.
+_BYTES_AHEAD = 32 << 10
+_MAX_TILES_AHEAD = 3
+_SHARED_MEMORY = {"sm_80": 144 << 10, "sm_90": 208 << 10, "sm_100": 208 << 10}
 
 
 class Tiling(NamedTuple):
@@ -49,31 +61,45 @@ class Tiling(NamedTuple):
 
 
 def forward_tiling(width: int, itemsize: int, has_dropout: bool) -> Tiling:
-    """The tile of the forward; the README has the reasons."""
-    block_n = min(next_power_of_2(width), _MAX_FORWARD_BLOCK)
-    return _tiling(block_n, width, itemsize, has_dropout, 4)
+    """The tile of the forward, for rows of an item size; the README has the reasons."""
+    is_odd = width % 4 != 0
+    share = _share(itemsize, is_odd, is_odd and has_dropout)
+    threads = _FORWARD_THREADS_OF_ODD_ROWS if is_odd else _FORWARD_THREADS
+    return _tiling(min(next_power_of_2(width), threads * share), share, threads)
 
 
-def backward_tiling(width: int, itemsize: int, has_dropout: bool) -> Tiling:
-    """The tile of the backward, which sums up to three numbers a column in registers."""
+def backward_tiling(width: int, itemsize: int, has_dropout: bool, sums: int) -> Tiling:
+    """The tile of the backward, which makes up to three sums a column in registers."""
+    is_odd = width % 4 != 0
+    share = _share(itemsize, is_odd or has_dropout or sums == 3, is_odd and has_dropout)
     block_n = next_power_of_2(width)
-    if block_n > _MAX_BACKWARD_BLOCK:
-        # The widest of which the last slice leaves little empty.
-        spare = width // 10
-        fitting = (slice_ for slice_ in _SLICES if -width % slice_ <= spare)
-        block_n = next(fitting, _SLICES[-1])
-    return _tiling(block_n, width, itemsize, has_dropout, 2)
+    if block_n > _BACKWARD_THREADS * share:
+        # The widest slice that a tile has room for and of which the last one is nearly full.
+        slices = [n for n in _SLICES if n <= _BACKWARD_THREADS * share]
+        fitting = (n for n in slices if -width % n <= width // 10)
+        block_n = next(fitting, slices[-1])
+    return _tiling(block_n, share, _BACKWARD_THREADS)
 
 
-def _tiling(block_n: int, width: int, itemsize: int, has_dropout: bool, programs: int) -> Tiling:
-    per_thread = _BYTES_PER_THREAD // itemsize
-    if has_dropout and width % 4 != 0:
-        per_thread //= 2  # each element draws a counter of Philox for itself
-    threads = min(max(block_n // per_thread, _THREADS), _MAX_THREADS)
-    block_m = max(threads * per_thread // block_n, 1)
-    programs = max(programs * _THREADS // threads, 1)
-    registers = min(_REGISTERS // (threads * programs), 255)
-    return Tiling(block_m, block_n, threads // target().warp_size, registers, programs)
+def _share(itemsize: int, is_small: bool, is_smallest: bool) -> int:
+    """Elements of a thread."""
+    share = _BYTES_PER_THREAD // itemsize
+    if is_smallest:
+        return _SMALLEST_SHARE
+    return min(share, _SMALL_SHARE) if is_small else share
+
+
+def _tiling(block_n: int, share: int, resident_threads: int) -> Tiling:
+    """The tile of so many columns, where so many threads fill a multiprocessor's registers."""
+    threads = min(max(block_n // share, THREADS), resident_threads)
+    block_m = min(max(threads * share // block_n, 1), _MAX_ROWS)
+    return Tiling(
+        block_m,
+        block_n,
+        threads // target().warp_size,
+        _REGISTERS // resident_threads,
+        resident_threads // threads,
+    )
 
 
 def unsupported_reasons(x: Tensor) -> list[str]:
@@ -110,9 +136,10 @@ def forward(
     if num_rows == 0:
         return output, total, mean, rstd
 
-    tile = forward_tiling(width, x.element_size(), dropout_p > 0.0)
     rows = rows_of(x, residual)
-    x, residual = rows.tensors
+    itemsize = max(tensor.element_size() for tensor in (*rows.tensors, total) if tensor is not None)
+    tile = forward_tiling(width, itemsize, dropout_p > 0.0)
+    x, residual = rows.tensors  # type: ignore[assignment]  # x is there
     with device_guard(output):
         add_layer_norm_forward_kernel[(ceil_div(num_rows, tile.BLOCK_M),)](
             x,
@@ -167,7 +194,10 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, residual, x_bias, weight and bias."""
-    from .triton_kernels import add_layer_norm_backward_kernel, add_layer_norm_means_kernel
+    from .triton_kernels import (
+        add_layer_norm_backward_kernel,
+        add_layer_norm_means_kernel,
+    )
 
     width = x.size(-1)
     num_rows = x.shape[:-1].numel()
@@ -180,9 +210,14 @@ def backward(
     # Of x_bias, weight and bias.
     gradients = [x.new_empty((width if need else 0,), dtype=torch.float32) for need in needs]
     if num_rows == 0:
-        return grad_x, grad_residual, *(gradient.zero_() for gradient in gradients)
+        for gradient in gradients:
+            gradient.zero_()
+        return grad_x, grad_residual, gradients[0], gradients[1], gradients[2]
 
-    tile = backward_tiling(width, grad_output.element_size(), dropout_p > 0.0)
+    rows = rows_of(grad_output, grad_sum, x, residual)
+    grad_output, grad_sum, x, residual = rows.tensors  # type: ignore[assignment]  # x is there
+    itemsizes = [tensor.element_size() for tensor in rows.tensors if tensor is not None]
+    tile = backward_tiling(width, max(itemsizes), dropout_p > 0.0, sum(needs))
     row_tiles = ceil_div(num_rows, tile.BLOCK_M)
     slices = ceil_div(width, tile.BLOCK_N)
     programs = min(row_tiles, ceil_div(tile.programs * multiprocessor_count(x), slices))
@@ -194,10 +229,16 @@ def backward(
         kinds = iter(partial)
         partials = [next(kinds) if need else g for need, g in zip(needs, gradients, strict=True)]
 
-    rows = rows_of(grad_output, grad_sum, x, residual)
-    grad_output, grad_sum, x, residual = rows.tensors
     x_bias, weight = contiguous(x_bias), contiguous(weight)
     mean, rstd = mean.contiguous(), rstd.contiguous()
+    tile_bytes = tile.BLOCK_M * tile.BLOCK_N * sum(itemsizes) * tile.programs
+    ahead = min(ceil_div(_BYTES_AHEAD, tile_bytes), _MAX_TILES_AHEAD)
+    has_room = (ahead + 1) * tile_bytes <= _SHARED_MEMORY.get(target().architecture, 0)
+    # Of Triton's pipeline, which fills a buffer that it has just worked on.
+    stages = ahead + 2 if has_room else 1
+    # Consecutive elements that a thread has of a row.
+    vector = min(16 // min(itemsizes), width & -width)
+    threads = tile.num_warps * target().warp_size
     options = {"enable_fp_fusion": False}
     numbers = (1.0 / (1.0 - dropout_p), keep_threshold(dropout_p))
     flags = {
@@ -212,7 +253,6 @@ def backward(
         mean_g = mean_gy = None
         if slices > 1:
             mean_g, mean_gy = x.new_empty((2, num_rows), dtype=torch.float32)
-            means_tile = forward_tiling(MAX_WIDTH, grad_output.element_size(), dropout_p > 0.0)
             add_layer_norm_means_kernel[(num_rows,)](
                 grad_output,
                 x,
@@ -230,10 +270,11 @@ def backward(
                 *numbers,
                 HAS_DROPOUT=dropout_p > 0.0 and not x_is_sum,
                 **flags,
-                BLOCK_N=means_tile.BLOCK_N,
-                num_warps=means_tile.num_warps,
+                BLOCK_N=MEANS_BLOCK,
+                NUM_STAGES=stages,
+                num_warps=THREADS // target().warp_size,
                 **options,
-                **target().register_options(means_tile.registers),
+                **target().register_options(255),
             )
         add_layer_norm_backward_kernel[(programs, slices)](
             grad_output,
@@ -263,7 +304,8 @@ def backward(
             **flags,
             BLOCK_M=tile.BLOCK_M,
             BLOCK_N=tile.BLOCK_N,
-            NUM_STAGES=2,
+            FOLDS=tile.BLOCK_M > 1 and 2 * vector * threads <= tile.BLOCK_M * tile.BLOCK_N,
+            NUM_STAGES=stages,
             num_warps=tile.num_warps,
             # g - mean(g) cancels, to 0 at width 1, only if the product in g is rounded.
             **options,
@@ -271,4 +313,4 @@ def backward(
         )
         if partials is not gradients:
             reduce_partials(partial, [g for need, g in zip(needs, gradients, strict=True) if need])
-    return grad_x, grad_residual, *gradients
+    return grad_x, grad_residual, gradients[0], gradients[1], gradients[2]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import dropout_keep, load_parameter, row_offsets, tile_mask
+from .._triton_kernels import dropout_keep, row_offsets, tile_mask
 
 # Compiled once for all their values: the number of rows is another in every batch.
 _NUMBERS = (
@@ -26,6 +26,31 @@ _NUMBERS = (
         for number in ("inner", "outer_stride", "inner_stride")
     ),
 )
+
+
+@triton.jit
+def tile_columns(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """0, 1, ... in each row. # [BLOCK_M, BLOCK_N]
+
+    Parameters too are loaded in the shape of the tile: a row of them alone would be spread over
+    all threads, and the tile, or the parameters, rearranged through shared memory to meet.
+    """
+    return tl.arange(0, BLOCK_N)[None, :] + tl.zeros((BLOCK_M, 1), tl.int32)
+
+
+@triton.jit
+def load_parameter(parameter_ptr, columns, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Elements of a weight or a bias; 0 beyond the width."""
+    offsets = columns
+    if WIDTH % 8 != 0:
+        # Rows are not aligned to 16 bytes. Parameters are, and read so would have every thread
+        # take 16 consecutive bytes of the rows too, an element at a time. The remainder hides it.
+        offsets = columns % WIDTH
+    if WIDTH % BLOCK_N != 0:
+        values = tl.load(parameter_ptr + offsets, mask=columns < WIDTH, other=0.0)
+    else:
+        values = tl.load(parameter_ptr + offsets)
+    return values
 
 
 @triton.jit
@@ -42,15 +67,23 @@ def load_sum(
     HAS_X_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     """residual + dropout(x + x_bias) in fp32; 0 in columns beyond the width. # [M, N]"""
-    total = tl.load(x_ptr + x_rows + columns, mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(x_ptr + x_rows + columns, mask=mask, other=0.0, eviction_policy=EVICTION).to(
+        tl.float32
+    )
     if HAS_X_BIAS:
-        total += x_bias
+        total += x_bias.to(tl.float32)
     if HAS_DROPOUT:
         total = tl.where(keep, total * keep_scale, 0.0)
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + residual_rows + columns, mask=mask, other=0.0)
+        residual = tl.load(
+            residual_ptr + residual_rows + columns,
+            mask=mask,
+            other=0.0,
+            eviction_policy=EVICTION,
+        )
         total += residual.to(tl.float32)
     return total
 
@@ -92,9 +125,16 @@ def add_layer_norm_forward_kernel(
 ):
     """Rows [pid * BLOCK_M, (pid + 1) * BLOCK_M): output, statistics and, with HAS_SUM, the sum."""
     WHOLE_COUNTERS: tl.constexpr = WIDTH % 4 == 0
+    # Rows that are not read again leave the parameters, and what the next kernel reads, in the
+    # caches.
+    FIRST_WALK: tl.constexpr = "evict_first" if WIDTH <= BLOCK_N else ""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     x_rows = row_offsets(
-        rows, x_inner, x_outer_stride * STRIDE_UNIT, x_inner_stride * STRIDE_UNIT, ONE_STRIDE
+        rows,
+        x_inner,
+        x_outer_stride * STRIDE_UNIT,
+        x_inner_stride * STRIDE_UNIT,
+        ONE_STRIDE,
     )
     residual_rows = x_rows
     if HAS_RESIDUAL:
@@ -106,7 +146,15 @@ def add_layer_norm_forward_kernel(
             ONE_STRIDE,
         )
     out_rows = (rows * WIDTH)[:, None]
-    offs = tl.arange(0, BLOCK_N)[None, :]
+    offs = tile_columns(BLOCK_M, BLOCK_N)
+    weight = 1.0
+    bias = 0.0
+    if WIDTH <= BLOCK_N:
+        # On their way while the rows come.
+        if HAS_WEIGHT:
+            weight = load_parameter(weight_ptr, offs, WIDTH, BLOCK_N)
+        if HAS_BIAS:
+            bias = load_parameter(bias_ptr, offs, WIDTH, BLOCK_N)
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -138,6 +186,7 @@ def add_layer_norm_forward_kernel(
             HAS_X_BIAS,
             HAS_RESIDUAL,
             HAS_DROPOUT,
+            FIRST_WALK,
         )
         if HAS_SUM:
             # What is normalised is the sum that the caller sees.
@@ -157,9 +206,6 @@ def add_layer_norm_forward_kernel(
             squares += tl.sum(deviation * deviation, 1) + delta * delta * (start * share)
             mean += delta * share
     rstd = tl.rsqrt(squares / WIDTH + eps)
-    if not IS_RMS:
-        tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
     if HAS_SUM and WIDTH > BLOCK_N:
         # The sum comes back from the cache, perhaps to another thread than wrote it.
@@ -192,16 +238,26 @@ def add_layer_norm_forward_kernel(
                     HAS_X_BIAS,
                     HAS_RESIDUAL,
                     HAS_DROPOUT,
+                    "evict_first",
                 )
         output = total
         if not IS_RMS:
             output -= mean[:, None]
         output *= rstd[:, None]
         if HAS_WEIGHT:
-            output *= load_parameter(weight_ptr, columns, WIDTH, BLOCK_N)
+            if WIDTH <= BLOCK_N:
+                output *= weight.to(tl.float32)
+            else:
+                output *= load_parameter(weight_ptr, columns, WIDTH, BLOCK_N).to(tl.float32)
         if HAS_BIAS:
-            output += load_parameter(bias_ptr, columns, WIDTH, BLOCK_N)
+            if WIDTH <= BLOCK_N:
+                output += bias.to(tl.float32)
+            else:
+                output += load_parameter(bias_ptr, columns, WIDTH, BLOCK_N).to(tl.float32)
         tl.store(output_ptr + out_rows + columns, output.to(output_ptr.dtype.element_ty), mask=mask)
+    if not IS_RMS:
+        tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
 @triton.jit
@@ -223,6 +279,7 @@ def backward_tile(
     HAS_X_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     """grad_output in fp32, 0 outside the mask, and y, the normalised sum. # [M, N] each"""
     y = load_sum(
@@ -238,12 +295,29 @@ def backward_tile(
         HAS_X_BIAS,
         HAS_RESIDUAL,
         HAS_DROPOUT,
+        EVICTION,
     )
     if not IS_RMS:
         y -= mean[:, None]
     y *= rstd[:, None]
-    grad_output = tl.load(grad_output_ptr + grad_output_rows + columns, mask=mask, other=0.0)
+    grad_output = tl.load(
+        grad_output_ptr + grad_output_rows + columns,
+        mask=mask,
+        other=0.0,
+        eviction_policy=EVICTION,
+    )
     return grad_output.to(tl.float32), y
+
+
+@triton.jit
+def fold(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLDS: tl.constexpr):
+    """With FOLDS, adds the rows of the lower half to those of the upper. # [BLOCK_M / 2, BLOCK_N]
+
+    A thread then has both, and the sum of its rows takes half of the registers of a tile.
+    """
+    if FOLDS:
+        tile = tl.sum(tl.reshape(tile, (2, BLOCK_M // 2, BLOCK_N)), 0)
+    return tile
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -279,6 +353,7 @@ def add_layer_norm_means_kernel(
     STRIDE_UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """Of a row that is too long for a tile: the means of g and of g * y."""
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -290,7 +365,11 @@ def add_layer_norm_means_kernel(
         ONE_STRIDE,
     )
     x_rows = row_offsets(
-        rows, x_inner, x_outer_stride * STRIDE_UNIT, x_inner_stride * STRIDE_UNIT, ONE_STRIDE
+        rows,
+        x_inner,
+        x_outer_stride * STRIDE_UNIT,
+        x_inner_stride * STRIDE_UNIT,
+        ONE_STRIDE,
     )
     residual_rows = x_rows
     if HAS_RESIDUAL:
@@ -310,8 +389,8 @@ def add_layer_norm_means_kernel(
     rstd = tl.load(rstd_ptr + rows)
     sum_g = tl.zeros((1, BLOCK_N), tl.float32)
     sum_gy = tl.zeros((1, BLOCK_N), tl.float32)
-    for start in tl.range(0, WIDTH, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)[None, :]
+    for start in tl.range(0, WIDTH, BLOCK_N, num_stages=NUM_STAGES):
+        columns = start + tile_columns(1, BLOCK_N)
         mask = tile_mask(rows, num_rows, columns, WIDTH, 1, BLOCK_N)
         x_bias = 0.0
         if HAS_X_BIAS:
@@ -337,9 +416,10 @@ def add_layer_norm_means_kernel(
             HAS_X_BIAS,
             HAS_RESIDUAL,
             HAS_DROPOUT,
+            "",
         )
         if HAS_WEIGHT:
-            g *= load_parameter(weight_ptr, columns, WIDTH, BLOCK_N)
+            g *= load_parameter(weight_ptr, columns, WIDTH, BLOCK_N).to(tl.float32)
         if not IS_RMS:
             sum_g += g
         sum_gy += g * y
@@ -397,6 +477,7 @@ def add_layer_norm_backward_kernel(
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FOLDS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """Gradients of the inputs, and this program's rows of the partial parameter gradients.
@@ -411,7 +492,7 @@ def add_layer_norm_backward_kernel(
     start = 0
     if not SINGLE_BLOCK:
         start = tl.program_id(1) * BLOCK_N
-    columns = start + tl.arange(0, BLOCK_N)[None, :]
+    columns = start + tile_columns(BLOCK_M, BLOCK_N)
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -421,10 +502,11 @@ def add_layer_norm_backward_kernel(
     weight = 1.0
     if HAS_WEIGHT:
         weight = load_parameter(weight_ptr, columns, WIDTH, BLOCK_N)
-    # Summed over BLOCK_M once, after the last tile.
-    grad_x_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    grad_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    grad_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Summed over the rows of a tile once, after the last one.
+    FOLDED: tl.constexpr = BLOCK_M // 2 if FOLDS else BLOCK_M
+    grad_x_bias = tl.zeros((FOLDED, BLOCK_N), tl.float32)
+    grad_weight = tl.zeros((FOLDED, BLOCK_N), tl.float32)
+    grad_bias = tl.zeros((FOLDED, BLOCK_N), tl.float32)
 
     for tile in tl.range(pid, tl.cdiv(num_rows, BLOCK_M), programs, num_stages=NUM_STAGES):
         rows = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -437,7 +519,11 @@ def add_layer_norm_backward_kernel(
             ONE_STRIDE,
         )
         x_rows = row_offsets(
-            rows, x_inner, x_outer_stride * STRIDE_UNIT, x_inner_stride * STRIDE_UNIT, ONE_STRIDE
+            rows,
+            x_inner,
+            x_outer_stride * STRIDE_UNIT,
+            x_inner_stride * STRIDE_UNIT,
+            ONE_STRIDE,
         )
         residual_rows = x_rows
         if HAS_RESIDUAL:
@@ -454,7 +540,7 @@ def add_layer_norm_backward_kernel(
             mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
         keep = mask
-        if HAS_DROPOUT:
+        if HAS_DROPOUT and not X_IS_SUM:
             keep = dropout_keep(seed, keep_threshold, rows, start, WIDTH, BLOCK_N, WIDTH % 4 == 0)
         grad_output, y = backward_tile(
             grad_output_ptr,
@@ -474,25 +560,31 @@ def add_layer_norm_backward_kernel(
             HAS_X_BIAS,
             HAS_RESIDUAL,
             HAS_DROPOUT and not X_IS_SUM,
+            "evict_first",
         )
         if NEED_WEIGHT:
-            grad_weight += grad_output * y
+            grad_weight += fold(grad_output * y, BLOCK_M, BLOCK_N, FOLDS)
         if NEED_BIAS:
-            grad_bias += grad_output
+            grad_bias += fold(grad_output, BLOCK_M, BLOCK_N, FOLDS)
         g = grad_output
         if HAS_WEIGHT:
-            g *= weight
-        if SINGLE_BLOCK:
-            mean_gy = tl.sum(g * y, 1) / WIDTH
+            g *= weight.to(tl.float32)
+        if not SINGLE_BLOCK:
+            mean_gy = tl.load(mean_gy_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
+            mean_g = mean_gy
+            if not IS_RMS:
+                mean_g = tl.load(mean_g_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
+        elif IS_RMS:
+            mean_gy = (tl.sum(g * y, 1) / WIDTH)[:, None]
+            mean_g = mean_gy
         else:
-            mean_gy = tl.load(mean_gy_ptr + rows, mask=rows < num_rows, other=0.0)
-        grad = g - y * mean_gy[:, None]
-        if not IS_RMS:
-            if SINGLE_BLOCK:
-                mean_g = tl.sum(g, 1) / WIDTH
-            else:
-                mean_g = tl.load(mean_g_ptr + rows, mask=rows < num_rows, other=0.0)
-            grad = (g - mean_g[:, None]) - y * mean_gy[:, None]
+            # Both sums at once: half of the barriers.
+            mean_g, mean_gy = tl.split(tl.sum(tl.join(g, g * y), 1) / WIDTH)
+            mean_g, mean_gy = mean_g[:, None], mean_gy[:, None]
+        if IS_RMS:
+            grad = g - y * mean_gy
+        else:
+            grad = (g - mean_g) - y * mean_gy
         grad *= rstd[:, None]
         if HAS_GRAD_SUM:
             grad_sum_rows = row_offsets(
@@ -511,9 +603,14 @@ def add_layer_norm_backward_kernel(
                 mask=mask,
             )
         if HAS_DROPOUT:
+            if X_IS_SUM:
+                # Not before it is needed: it takes registers.
+                keep = dropout_keep(
+                    seed, keep_threshold, rows, start, WIDTH, BLOCK_N, WIDTH % 4 == 0
+                )
             grad = tl.where(keep, grad * keep_scale, 0.0)
         if NEED_X_BIAS:
-            grad_x_bias += grad
+            grad_x_bias += fold(grad, BLOCK_M, BLOCK_N, FOLDS)
         tl.store(grad_x_ptr + out_rows + columns, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
     own = pid.to(tl.int64) * WIDTH + start + tl.arange(0, BLOCK_N)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import dropout_keep, load_parameter, row_offsets, tile_mask
+from .._triton_kernels import dropout_keep, row_offsets, tile_mask
 
 # Compiled once for all their values: the number of rows is another in every batch.
 _NUMBERS = (
@@ -25,6 +25,16 @@ _NUMBERS = (
         for number in ("inner", "outer_stride", "inner_stride")
     ),
 )
+
+
+@triton.jit
+def load_parameter(parameter_ptr, columns, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Elements of a weight or a bias in fp32; 0 beyond the width. # [1, BLOCK_N]"""
+    if WIDTH % BLOCK_N != 0:
+        values = tl.load(parameter_ptr + columns, mask=columns < WIDTH, other=0.0)
+    else:
+        values = tl.load(parameter_ptr + columns)
+    return values.to(tl.float32)
 
 
 @triton.jit
