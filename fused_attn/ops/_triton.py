@@ -119,6 +119,8 @@ def strided_rows(tensor: Tensor) -> tuple[Tensor, StridedRows]:
         The tensor, copied only if its rows are not contiguous or two strides do not describe
         them; and where they begin.
     """
+    if tensor.is_contiguous():
+        return tensor, StridedRows(_ALL_ROWS, 0, tensor.size(-1))
     levels: list[tuple[int, int]] = []  # (size, stride) of the leading dimensions, innermost first
     contiguous = tensor.size(-1) == 1 or tensor.stride(-1) == 1
     for size, stride in reversed(list(zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True))):
