@@ -23,7 +23,8 @@ from .._triton import (
 MAX_WIDTH = 65536
 
 # A thread's share of a tile, in bytes of x: two accesses of 16 bytes. In elements, where other
-# things take registers; and where, moreover, each element draws a counter of Philox for itself.
+# things take registers; and where, moreover, each element draws a counter of Philox for itself, or
+# is copied to shared memory by itself.
 _BYTES_PER_THREAD = 32
 _SMALL_SHARE = 8
 _SMALLEST_SHARE = 4
@@ -32,7 +33,7 @@ THREADS = 256
 # Registers of a multiprocessor, and the threads that they are for.
 _REGISTERS = 65536
 _FORWARD_THREADS = 1024
-_FORWARD_THREADS_OF_ODD_ROWS = 512
+_FORWARD_THREADS_DRAWING_ALONE = 512
 _BACKWARD_THREADS = 512
 # Rows of a tile at most: a thread has two, or one.
 _MAX_ROWS = 512
@@ -63,15 +64,17 @@ class Tiling(NamedTuple):
 def forward_tiling(width: int, itemsize: int, has_dropout: bool) -> Tiling:
     """The tile of the forward, for rows of an item size; the README has the reasons."""
     is_odd = width % 4 != 0
-    share = _share(itemsize, is_odd, is_odd and has_dropout)
-    threads = _FORWARD_THREADS_OF_ODD_ROWS if is_odd else _FORWARD_THREADS
+    draws_alone = is_odd and has_dropout
+    share = _share(itemsize, is_odd, draws_alone)
+    threads = _FORWARD_THREADS_DRAWING_ALONE if draws_alone else _FORWARD_THREADS
     return _tiling(min(next_power_of_2(width), threads * share), share, threads)
 
 
 def backward_tiling(width: int, itemsize: int, has_dropout: bool, sums: int) -> Tiling:
     """The tile of the backward, which makes up to three sums a column in registers."""
     is_odd = width % 4 != 0
-    share = _share(itemsize, is_odd or has_dropout or sums == 3, is_odd and has_dropout)
+    is_smallest = is_odd and (has_dropout or itemsize == 4)
+    share = _share(itemsize, is_odd or has_dropout or sums == 3, is_smallest)
     block_n = next_power_of_2(width)
     if block_n > _BACKWARD_THREADS * share:
         # The widest slice that a tile has room for and of which the last one is nearly full.
