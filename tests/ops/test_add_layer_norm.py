@@ -289,10 +289,15 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 def test_compiles_ahead_of_time_without_spills(target: str) -> None:
     if "triton" not in BACKENDS:
         pytest.skip("add_layer_norm: triton is not installed")
-    reports = compile_in_subprocess(target, "add_layer_norm", CALLS, disassemble=True)
+    # Every width for the targets whose machine code is read; for the others each way to go.
+    calls = CALLS if target in ("sm_80", "sm_90") else [*CALLS[:-5:4], *CALLS[-5::2]]
+    reports = compile_in_subprocess(target, "add_layer_norm", calls, disassemble=True)
     kernels = [report["kernel"] for report in reports]
-    for kernel, calls in (("forward", CALLS), ("backward", CALLS), ("means", CALLS[-5:])):
-        assert kernels.count(f"add_layer_norm_{kernel}_kernel") == len(calls), kernel
+    counts = {"forward": len(calls), "backward": len(calls)}
+    counts["means"] = sum(call["width"] > tile_of(call, "backward").BLOCK_N for call in calls)
+    assert counts["means"] > 0
+    for kernel, count in counts.items():
+        assert kernels.count(f"add_layer_norm_{kernel}_kernel") == count, kernel
     assert "reduce_partials_kernel" in kernels
     for report in reports:
         assert report["registers"] > 0, report
@@ -316,22 +321,25 @@ def assert_wide_accesses(report: dict[str, Any]) -> None:
         assert report["wide_stores"] > 0 or kernel == "means", report
         return
     loads, stores = bytes_an_element(call, kernel)
-    width, has_dropout = call["width"], "dropout_p" in call
     if kernel == "means":
         share = triton_backend.MEANS_BLOCK // triton_backend.THREADS
     else:
-        sums = 1 + (not call.get("is_rms", False)) + call.get("x_bias", False)
-        tile = (
-            triton_backend.forward_tiling(width, max(row_sizes(call)), has_dropout)
-            if kernel == "forward"
-            else triton_backend.backward_tiling(width, max(row_sizes(call)), has_dropout, sums)
-        )
+        tile = tile_of(call, kernel)
         share = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.num_warps)
     assert report["loads"].get("128", 0) >= share * loads // 16, report
     assert report["stores"].get("128", 0) >= share * stores // 16, report
     for narrow in ("8", "16"):
         assert narrow not in report["loads"], report
         assert narrow not in report["stores"], report
+
+
+def tile_of(call: dict[str, Any], kernel: str) -> triton_backend.Tiling:
+    """The tile of the forward or the backward kernel."""
+    width, size, has_dropout = call["width"], max(row_sizes(call)), "dropout_p" in call
+    if kernel == "forward":
+        return triton_backend.forward_tiling(width, size, has_dropout)
+    sums = 1 + (not call.get("is_rms", False)) + call.get("x_bias", False)
+    return triton_backend.backward_tiling(width, size, has_dropout, sums)
 
 
 def bytes_an_element(call: dict[str, Any], kernel: str) -> tuple[int, int]:
