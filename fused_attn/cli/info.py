@@ -82,14 +82,14 @@ def _as_text(found: dict[str, Any]) -> str:
     else:
         lines.append(f"{'C++ kernels':16}absent: {extension['missing']}")
     lines.append("")
-    lines.append(f"{'kernels of':16}{'op':18}" + "".join(f"{name:12}" for name in BACKENDS))
+    lines.append(f"{'kernels of':16}{'op':25}" + "".join(f"{name:12}" for name in BACKENDS))
     notes = []
     for device, reasons in found["backends"].items():
         for op, has in found["ops"].items():
             states = [
                 "-" if not has[name] else ("no" if reasons[name] else "yes") for name in BACKENDS
             ]
-            lines.append(f"{device:16}{op:18}" + "".join(f"{state:12}" for state in states))
+            lines.append(f"{device:16}{op:25}" + "".join(f"{state:12}" for state in states))
         notes += [
             f"  {name} on {device} tensors: {reason}" for name, reason in reasons.items() if reason
         ]
