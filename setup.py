@@ -125,7 +125,11 @@ def extensions() -> tuple[list, dict]:
         return [], {}
 
     targets = instruction_sets(compiler)
-    sources = sorted(str(p.relative_to(ROOT)) for p in CSRC.glob("**/*.cpp"))
+    sources = sorted(
+        str(p.relative_to(ROOT))
+        for p in CSRC.glob("**/*.cpp")
+        if not p.name.endswith("_cuda.cpp")
+    )
     sources += generate_kernel_units(targets)
     macros = [(f"FUSED_ATTN_BUILD_{name.upper()}", "1") for name in targets]
     # -fopenmp makes at::parallel_for parallel. It is left out at link time on purpose: the
@@ -133,14 +137,17 @@ def extensions() -> tuple[list, dict]:
     flags = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     flags += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # the latter: GCC bug 105593
-    cuda_sources = sorted(str(p.relative_to(ROOT)) for p in CSRC.glob("**/*.cu"))
-    build = CUDAExtension if cuda and cuda_sources else CppExtension
-    if build is CUDAExtension:
-        sources += cuda_sources
+    build = CUDAExtension if cuda else CppExtension
+    arguments = {"cxx": flags}
+    if cuda:
+        sys.path.insert(0, str(CSRC))
+        from cuda_units import NVCC_FLAGS, write_units
+
+        units = write_units(ROOT / "build" / "generated")
+        sources += [str(unit.relative_to(ROOT)) for unit in units]
+        sources += sorted(str(p.relative_to(ROOT)) for p in CSRC.glob("**/*_cuda.cpp"))
         macros.append(("FUSED_ATTN_BUILD_CUDA", "1"))
-        arguments = {"cxx": flags, "nvcc": ["-O3", "-std=c++20", "--use_fast_math=false"]}
-    else:
-        arguments = {"cxx": flags}
+        arguments["nvcc"] = NVCC_FLAGS
     extension = build(
         "fused_attn._C",
         sources,
@@ -148,7 +155,7 @@ def extensions() -> tuple[list, dict]:
         include_dirs=[str(CSRC)],
         define_macros=macros,
         extra_compile_args=arguments,
-        depends=sorted(str(p.relative_to(ROOT)) for p in CSRC.glob("**/*.h")),
+        depends=sorted(str(p.relative_to(ROOT)) for p in CSRC.glob("**/*.*h")),
     )
     return [extension], {"build_ext": BuildExtension.with_options(use_ninja=True)}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,3 +59,25 @@ def cuda_unavailable_reason() -> str:
     if not hasattr(torch.ops.fused_attn_C, "cuda_architectures"):
         return "the extension was built without CUDA kernels (nvcc and a CUDA torch are needed)"
     return ""
+
+
+@functools.cache
+def load_cuda_host() -> str | None:
+    """Load the library that executes the CUDA kernels on CPU tensors: ``FUSED_ATTN_CUDA_HOST``.
+
+    Returns:
+        None when it is loaded, else the reason why it is not.
+    """
+    path = os.environ.get("FUSED_ATTN_CUDA_HOST", "")
+    if path == "":
+        return "runs on cuda tensors only, got cpu"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"FUSED_ATTN_CUDA_HOST does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+def cuda_operators(device: torch.device) -> Any:
+    """The private operators of the ``cuda`` backend for tensors on a device."""
+    return torch.ops.fused_attn_cuda_host if device.type == "cpu" else torch.ops.fused_attn_C

@@ -1,6 +1,6 @@
-"""Triton kernels run in Triton's interpreter where there is no GPU.
+"""Where there is no GPU, Triton kernels run in Triton's interpreter and CUDA kernels on the host.
 
-The variable must be set before anything imports triton, since kernels are decorated then; it is
+Triton's variable must be set before anything imports triton, since kernels are decorated then; it is
 never set on a machine with a GPU. Child processes inherit it: a test that starts one which must
 see the machine as a user does removes it (`tests.triton_tools.ahead_of_time` does).
 """
@@ -18,6 +18,12 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     from tests.triton_tools import interpreter
 
     interpreter.repair()
+
+if not torch.cuda.is_available() and "FUSED_ATTN_CUDA_HOST" not in os.environ:
+    from tests.cuda_host import build as cuda_host
+
+    if cuda_host.missing() == "":
+        os.environ["FUSED_ATTN_CUDA_HOST"] = str(cuda_host.build())
 
 if importlib.util.find_spec("hypothesis") is None:
     from tests import without_hypothesis

@@ -10,7 +10,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from fused_attn.ops._backend import BACKENDS, unavailable_reason
+from fused_attn.ops._backend import BACKENDS, substitute, unavailable_reason
 from fused_attn.validation import OPS, Row, fused_backends, op_backends, op_cases, validate
 
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not any(row.backend == backend and row.verdict in ("passed", "failed") for row in rows)
     ]
     if not arguments.json:
-        _print_summary(rows)
+        _print_summary(rows, arguments.device.split(":")[0])
     for backend in silent:
         reason = unavailable_reason(backend, arguments.device.split(":")[0]) or "no case applied"
         print(f"backend {backend} ran no case: {reason}", file=sys.stderr)
@@ -97,7 +97,7 @@ def _as_json(row: Row) -> str:
     return json.dumps(record)
 
 
-def _print_summary(rows: list[Row]) -> None:
+def _print_summary(rows: list[Row], device_type: str) -> None:
     print(f"{'op':24}{'backend':10}{'passed':>8}{'failed':>8}{'refused':>9}{'errors':>8}  worst")
     for op, backend in sorted({(row.op, row.backend) for row in rows}):
         group = [row for row in rows if (row.op, row.backend) == (op, backend)]
@@ -107,3 +107,6 @@ def _print_summary(rows: list[Row]) -> None:
             f"{op:24}{backend:10}{count['passed']:8}{count['failed']:8}{count['refused']:9}"
             f"{count['error']:8}  {worst:.0%} of the error budget"
         )
+    for backend in sorted({row.backend for row in rows}):
+        if instead := substitute(backend, device_type):
+            print(f"{backend}: {instead}, not on a GPU")

@@ -47,6 +47,8 @@ def unavailable_reason(backend: str, device_type: str) -> str:
             return f"runs on cpu tensors only, got {device_type}"
         return _extension.load() or ""
     if backend == "cuda":
+        if device_type == "cpu":
+            return _extension.load_cuda_host() or ""
         if device_type != "cuda":
             return f"runs on cuda tensors only, got {device_type}"
         return _extension.load() or _extension.cuda_unavailable_reason()
@@ -57,6 +59,13 @@ def unavailable_reason(backend: str, device_type: str) -> str:
             return "runs on GPU tensors (on cpu tensors only under TRITON_INTERPRET=1)"
         return ""
     raise ValueError(f"unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def substitute(backend: str, device_type: str) -> str:
+    """What stands in for the GPU where a GPU backend runs on this device type; empty for none."""
+    if device_type != "cpu":
+        return ""
+    return {"cuda": "executed on the host", "triton": "interpreted"}.get(backend, "")
 
 
 @_constant_under_compile

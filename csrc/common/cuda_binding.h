@@ -1,0 +1,44 @@
+// From torch's tensors to CUDA kernels: device, stream, and where implementations are registered.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <cuda_runtime_api.h>
+
+#ifndef FUSED_ATTN_CUDA_HOST
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+#endif
+
+namespace fused_attn {
+
+#ifdef FUSED_ATTN_CUDA_HOST
+
+// The kernels are executed on the CPU, on CPU tensors: docs/testing_kernels.md.
+struct CudaCall {
+  explicit CudaCall(const at::Tensor&) {}
+  cudaStream_t stream = nullptr;
+  int multiprocessors = 4;
+};
+
+#define FUSED_ATTN_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(fused_attn_cuda_host, CPU, m)
+
+#else
+
+// Kernels launched while it lives run on the tensor's device, on PyTorch's current stream.
+struct CudaCall {
+  explicit CudaCall(const at::Tensor& tensor)
+      : guard(tensor.device()),
+        stream(at::cuda::getCurrentCUDAStream().stream()),
+        multiprocessors(at::cuda::getCurrentDeviceProperties()->multiProcessorCount) {}
+  c10::cuda::CUDAGuard guard;
+  cudaStream_t stream;
+  int multiprocessors;
+};
+
+#define FUSED_ATTN_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(fused_attn_C, CUDA, m)
+
+#endif
+
+}  // namespace fused_attn

@@ -1,0 +1,1 @@
+"""Executes the CUDA kernels on a CPU: docs/testing_kernels.md."""
