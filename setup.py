@@ -126,9 +126,7 @@ def extensions() -> tuple[list, dict]:
 
     targets = instruction_sets(compiler)
     sources = sorted(
-        str(p.relative_to(ROOT))
-        for p in CSRC.glob("**/*.cpp")
-        if not p.name.endswith("_cuda.cpp")
+        str(p.relative_to(ROOT)) for p in CSRC.glob("**/*.cpp") if not p.name.endswith("_cuda.cpp")
     )
     sources += generate_kernel_units(targets)
     macros = [(f"FUSED_ATTN_BUILD_{name.upper()}", "1") for name in targets]

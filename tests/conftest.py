@@ -1,7 +1,7 @@
 """Where there is no GPU, Triton kernels run in Triton's interpreter and CUDA kernels on the host.
 
-Triton's variable must be set before anything imports triton, since kernels are decorated then; it is
-never set on a machine with a GPU. Child processes inherit it: a test that starts one which must
+Triton's variable must be set before anything imports triton, since kernels are decorated then; it
+is never set on a machine with a GPU. Child processes inherit it: a test that starts one which must
 see the machine as a user does removes it (`tests.triton_tools.ahead_of_time` does).
 """
 

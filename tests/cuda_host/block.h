@@ -38,13 +38,20 @@ inline Schedule schedule_from_environment() {
     const size_t end = std::min(words.find(' ', begin), words.size());
     const std::string word = words.substr(begin, end - begin);
     begin = end + 1;
-    if (word == "forward") s.order = Order::kForward;
-    else if (word == "reverse") s.order = Order::kReverse;
-    else if (word == "depth_first") s.order = Order::kDepthFirst;
-    else if (word == "random") s.order = Order::kRandom;
-    else if (word == "early") s.late = false;
-    else if (word.rfind("seed=", 0) == 0) s.seed = std::stoull(word.substr(5));
-    else if (!word.empty()) throw std::runtime_error("CUDA_HOST_SCHEDULE: unknown word " + word);
+    if (word == "forward")
+      s.order = Order::kForward;
+    else if (word == "reverse")
+      s.order = Order::kReverse;
+    else if (word == "depth_first")
+      s.order = Order::kDepthFirst;
+    else if (word == "random")
+      s.order = Order::kRandom;
+    else if (word == "early")
+      s.late = false;
+    else if (word.rfind("seed=", 0) == 0)
+      s.seed = std::stoull(word.substr(5));
+    else if (!word.empty())
+      throw std::runtime_error("CUDA_HOST_SCHEDULE: unknown word " + word);
   }
   return s;
 }
@@ -137,9 +144,9 @@ inline Thread* thread_of(unsigned linear) { return unit->fibers[linear]; }
   vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
   char where[256];
-  snprintf(where, sizeof(where), "cuda_host: %s, block (%u, %u, %u), thread (%u, %u, %u): ",
-           kernel_name, block_index.x, block_index.y, block_index.z, current->index.x,
-           current->index.y, current->index.z);
+  snprintf(where, sizeof(where),
+           "cuda_host: %s, block (%u, %u, %u), thread (%u, %u, %u): ", kernel_name, block_index.x,
+           block_index.y, block_index.z, current->index.x, current->index.y, current->index.z);
   failure = std::string(where) + text;
   const char* last = nullptr;
   for (unsigned i = 0; i < num_threads && i < unit->fibers.size(); ++i) {
@@ -212,8 +219,10 @@ inline void yield(const char* what) {
   }
   if (ready_begin == ready.size()) return;
   // Depth first would take the spinning thread again at once.
-  if (schedule.order == Order::kDepthFirst) ready.insert(ready.begin() + ready_begin, current);
-  else ready.push_back(current);
+  if (schedule.order == Order::kDepthFirst)
+    ready.insert(ready.begin() + ready_begin, current);
+  else
+    ready.push_back(current);
   switch_to(take_ready());
 }
 
@@ -316,8 +325,8 @@ inline void prepare_unit(Unit& each) {
     thread->linear = i;
     thread->lane = i % 32;
     thread->warp = i / 32;
-    thread->index = uint3{i % block_dim.x, i / block_dim.x % block_dim.y,
-                          i / (block_dim.x * block_dim.y)};
+    thread->index =
+        uint3{i % block_dim.x, i / block_dim.x % block_dim.y, i / (block_dim.x * block_dim.y)};
   }
 }
 
@@ -328,7 +337,8 @@ inline std::vector<uint3> order_of_blocks(dim3 grid) {
       for (unsigned x = 0; x < grid.x; ++x) blocks.push_back(uint3{x, y, z});
   if (schedule.order == Order::kReverse) std::reverse(blocks.begin(), blocks.end());
   if (schedule.order == Order::kRandom)
-    for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[random_number() % i]);
+    for (size_t i = blocks.size(); i > 1; --i)
+      std::swap(blocks[i - 1], blocks[random_number() % i]);
   return blocks;
 }
 

@@ -57,7 +57,8 @@ void meet(unsigned mask, const char* what, Operand& operand, bool synchronises, 
   Meeting* mine = nullptr;
   for (Meeting& meeting : meetings[self->warp]) {
     if (meeting.arrived == 0) continue;
-    if (meeting.mask == present && meeting.what == what) mine = &meeting;
+    if (meeting.mask == present && meeting.what == what)
+      mine = &meeting;
     else if (meeting.mask & present)
       fail("%s: lanes of the same warp wait in %s with mask %08x", what, meeting.what,
            meeting.mask);
@@ -223,11 +224,13 @@ T __reduce_add_sync(unsigned mask, T value) {
 }
 template <class T>
 T __reduce_max_sync(unsigned mask, T value) {
-  return cuda_host::reduce(mask, value, "__reduce_max_sync", [](T a, T b) { return a < b ? b : a; });
+  return cuda_host::reduce(mask, value, "__reduce_max_sync",
+                           [](T a, T b) { return a < b ? b : a; });
 }
 template <class T>
 T __reduce_min_sync(unsigned mask, T value) {
-  return cuda_host::reduce(mask, value, "__reduce_min_sync", [](T a, T b) { return b < a ? b : a; });
+  return cuda_host::reduce(mask, value, "__reduce_min_sync",
+                           [](T a, T b) { return b < a ? b : a; });
 }
 inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
   return cuda_host::reduce(mask, value, "__reduce_or_sync",

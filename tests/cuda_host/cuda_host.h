@@ -24,7 +24,7 @@
 #define blockDim (::cuda_host::block_dim)
 #define gridDim (::cuda_host::grid_dim)
 
-#define SHARED(T, name, ...)                   \
-  struct name##_tag;                           \
-  using name##_type = T __VA_ARGS__;           \
+#define SHARED(T, name, ...)         \
+  struct name##_tag;                 \
+  using name##_type = T __VA_ARGS__; \
   name##_type& name = ::cuda_host::static_shared<name##_type, name##_tag>()

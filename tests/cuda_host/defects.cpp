@@ -70,8 +70,10 @@ __global__ void exited_lanes(float* out) {
 template <bool kWrong>
 __global__ void mixed_collectives(float* out) {
   float other;
-  if (kWrong && threadIdx.x % 32 < 16) other = __shfl_down_sync(kFullMask, 0.0f, 1);
-  else other = __shfl_xor_sync(kFullMask, 0.0f, 1);
+  if (kWrong && threadIdx.x % 32 < 16)
+    other = __shfl_down_sync(kFullMask, 0.0f, 1);
+  else
+    other = __shfl_xor_sync(kFullMask, 0.0f, 1);
   out[threadIdx.x] = static_cast<float>(kThreads - 1 - threadIdx.x) + other;
 }
 
@@ -97,8 +99,7 @@ __global__ void race_of_blocks(float* out) {
   if (threadIdx.x == 0)
     for (int i = 0; i < kThreads / 2; ++i) {
       const int element = block * kThreads / 2 + i;
-      out[kWrong ? element % (kThreads / 2) : element] =
-          static_cast<float>(kThreads - 1 - element);
+      out[kWrong ? element % (kThreads / 2) : element] = static_cast<float>(kThreads - 1 - element);
     }
 }
 
@@ -108,8 +109,10 @@ __global__ void lost_update(float* out) {
   if (threadIdx.x == 0)
     for (int i = 0; i < kThreads; ++i) out[i] = static_cast<float>(kThreads - 1 - i);
   __syncthreads();
-  if (kWrong) out[0] += 1.0f;
-  else atomicAdd(out, 1.0f);
+  if (kWrong)
+    out[0] += 1.0f;
+  else
+    atomicAdd(out, 1.0f);
   __syncthreads();
   if (threadIdx.x == 0) out[0] -= static_cast<float>(kThreads);
 }
@@ -120,8 +123,7 @@ template <bool kWrong>
 __global__ void missing_wait(float* out, const float* source) {
   auto* buffer = reinterpret_cast<float*>(dynamic_shared());
   const int first = threadIdx.x * 4;
-  if (first < kThreads)
-    ptx::cp_async16(ptx::shared_address(buffer + first), source + first, true);
+  if (first < kThreads) ptx::cp_async16(ptx::shared_address(buffer + first), source + first, true);
   ptx::cp_async_commit();
   if (!kWrong) ptx::cp_async_wait<0>();
   __syncthreads();

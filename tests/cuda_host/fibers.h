@@ -37,7 +37,7 @@ struct Thread {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   size_t stack_bytes = 0;
-  void* fake_stack = nullptr;   // AddressSanitizer's
+  void* fake_stack = nullptr;  // AddressSanitizer's
   void* tsan_fiber = nullptr;  // ThreadSanitizer's
 };
 

@@ -12,8 +12,8 @@ namespace cuda_host {
 // A real atomic operation, so that ThreadSanitizer takes it for one.
 template <class T, class Change>
 T atomic_change(T* address, Change change) {
-  using Bits = std::conditional_t<
-      sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t,
+                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
   static_assert(sizeof(T) == sizeof(Bits));
   if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) fail("atomic: misaligned address");
   auto* bits = reinterpret_cast<Bits*>(address);

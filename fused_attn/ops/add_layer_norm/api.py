@@ -10,12 +10,12 @@ from torch import Tensor
 from .._backend import describe_tensor, resolve
 from .._check import check_device, check_dtype, check_floating, check_seed, check_tensor
 from .._philox import draw_seed
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 from .contract import add_layer_norm_fused
 from .reference import add_layer_norm_reference
 
 _OP = "add_layer_norm"
-BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 
 
 def add_layer_norm(
