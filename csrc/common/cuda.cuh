@@ -50,7 +50,9 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                name);
-  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<Parameters>(arguments)...);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  // clang-format on
   check_cuda(cudaGetLastError(), name);
 #endif
 }
