@@ -191,7 +191,7 @@ class GuardedAllocations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace in ("fused_attn", "fused_attn_C"):
+        if func.namespace in ("fused_attn", "fused_attn_C", "fused_attn_cuda_host"):
             tensors = [a for a in args if isinstance(a, Tensor)]
             keys = torch._C.DispatchKeySet(self._KERNELS[tensors[0].device.type])
             before, self.inside = self.inside, True
