@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def row_offsets(rows, inner, outer_stride, inner_stride, ONE_STRIDE: tl.constexpr):
@@ -76,16 +78,20 @@ def dropout_keep(
 
 @triton.jit
 def tanh(x):
-    """To a few units in the last place. The polynomial is that of Cephes (Moshier)."""
+    """Hyperbolic tangent and its derivative, to a few units in the last place, near 0 and 1 too."""
+    # The polynomial is that of Cephes (Moshier).
     z = x * x
     p = -5.70498872745e-3 * z + 2.06390887954e-2
     p = p * z - 5.37397155531e-2
     p = p * z + 1.33314422036e-1
     p = p * z - 3.33332819422e-1
     near_zero = p * z * x + x
-    # e^30 is far beyond where tanh is 1, and finite.
-    far = 1.0 - 2.0 / (tl.exp(tl.minimum(2.0 * x, 30.0)) + 1.0)
-    return tl.where(z < 0.390625, near_zero, far)
+    # e^-2|x|, in whose terms neither cancels near 1.
+    e = tl.math.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    size = 1.0 - 2.0 * e / (1.0 + e)
+    far = tl.where(x < 0.0, -size, size)
+    derivative = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return tl.where(z < 0.390625, near_zero, far), derivative
 
 
 @triton.jit(do_not_specialize=("programs",))

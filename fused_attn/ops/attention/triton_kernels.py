@@ -18,7 +18,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from .._triton_kernels import LOG2E, tanh
+
 LN2 = tl.constexpr(0.6931471805599453)
 
 SOFTMAX = tl.constexpr(0)
@@ -425,23 +426,6 @@ def keep_pairs(
 
 
 @triton.jit
-def tanh(x, EXACT: tl.constexpr):
-    """Hyperbolic tangent and its derivative; EXACT: to the last bits of fp32, near 0 and 1 too."""
-    # e^-2|x|, in whose terms neither cancels near 1.
-    e = tl.math.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    size = 1.0 - 2.0 * e / (1.0 + e)
-    result = tl.where(x < 0.0, -size, size)
-    derivative = 4.0 * e / ((1.0 + e) * (1.0 + e))
-    if EXACT:
-        # Near 0 a continued fraction: x / (1 + x^2 / (3 + x^2 / (5 + ...))).
-        y = x * x
-        fraction = 5.0 + y / (7.0 + y / (9.0 + y / 11.0))
-        near_zero = x / (1.0 + y / (3.0 + y / fraction))
-        result = tl.where(y < 0.5, near_zero, result)
-    return result, derivative
-
-
-@triton.jit
 def logits(products, call, bias_pointer, slope, sequence, rows, columns):
     """From q · k: the logits, what is to multiply them, and the derivative of the softcap.
 
@@ -452,7 +436,7 @@ def logits(products, call, bias_pointer, slope, sequence, rows, columns):
     multiplier = 1.0
     x = products
     if call.softcap is not None:
-        bounded, derivative = tanh(x * (call.scale / call.softcap), call.exact)
+        bounded, derivative = tanh(x * (call.scale / call.softcap))
         x = bounded * (call.softcap * unit)
     elif call.fold_scale:
         multiplier = call.scale * unit

@@ -148,7 +148,8 @@ def decode_attention_kernel(
         else:
             x = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
         if HAS_SOFTCAP:
-            x = softcap * tanh(x / softcap)
+            bounded, _ = tanh(x / softcap)
+            x = softcap * bounded
         if HAS_ALIBI:
             distance = tl.abs(position[:, None] - s[None, :]).to(tl.float32)
             x -= slope[:, None] * distance
