@@ -5,23 +5,17 @@ The examples are the same in every run; `--hypothesis-profile=long` draws many n
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fused_attn.ops._cases import columns_first, heads_last
 from fused_attn.ops.attention import cases
 from fused_attn.ops.attention.cases import AttentionCase
-from fused_attn.validation import case_inputs, compare, fused_backends, run_case
-from fused_attn.validation.oracle import oracle_and_reference
-from fused_attn.validation.tolerance import Comparison
 
-BACKENDS = fused_backends("attention", "cpu")
+from .properties import assert_agrees, each_backend
 
 
 def sizes(most: int) -> st.SearchStrategy[int]:
@@ -84,44 +78,7 @@ def random_cases(draw: Any) -> tuple[AttentionCase, torch.dtype]:
     return case, draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 
 
-@pytest.mark.parametrize(
-    "backend", BACKENDS or [pytest.param("", marks=pytest.mark.skip(reason="no fused backend"))]
-)
+@each_backend("attention")
 @given(drawn=random_cases())
 def test_any_combination(backend: str, drawn: tuple[AttentionCase, torch.dtype]) -> None:
-    case, dtype = drawn
-    for numbers in range(3):
-        failed = [c for c in compared(case, dtype, backend, numbers) if not c.passed]
-        if not failed:
-            return
-        # The budget is made of the error that the reference happens to have, and with few numbers
-        # that may be luck: a wrong kernel is far beyond it, or beyond it with other numbers too.
-        assert all(c.share < 2.0 for c in failed), "\n".join(map(str, failed))
-    assert not failed, "\n".join(map(str, failed))
-
-
-def compared(
-    case: AttentionCase, dtype: torch.dtype, backend: str, numbers: int
-) -> list[Comparison]:
-    """Outputs one by one, gradients together; the case's name decides on its numbers."""
-    case = replace(case, name=f"{case.name} {numbers}")
-    inputs = case_inputs(case, dtype, "cpu")
-    results = [run_case(case, inputs, backend), *oracle_and_reference(case, inputs)]
-    return [compare(name, *tensors) for name, tensors in joined(results).items()]
-
-
-def joined(results: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """Tensors by name, and all gradients as one.
-
-    Where a query sees a single key, its logit has no gradient but rounding errors, of the size of
-    the numbers that cancel. Beside the other gradients these are small; alone they have no scale.
-    """
-    table: dict[str, list[Tensor]] = {}
-    for result in results:
-        gradients = [t.flatten() for n, t in result.items() if n.startswith("grad_")]
-        wide = torch.promote_types(gradients[0].dtype, gradients[-1].dtype)
-        table.setdefault("gradients", []).append(torch.cat([g.to(wide) for g in gradients]))
-        for name, tensor in result.items():
-            if not name.startswith("grad_"):
-                table.setdefault(name, []).append(tensor)
-    return table
+    assert_agrees(*drawn, backend)
