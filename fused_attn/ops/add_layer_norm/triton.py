@@ -142,12 +142,12 @@ def forward(
     rows = rows_of(x, residual)
     itemsize = max(tensor.element_size() for tensor in (*rows.tensors, total) if tensor is not None)
     tile = forward_tiling(width, itemsize, dropout_p > 0.0)
-    x, residual = rows.tensors  # type: ignore[assignment]  # x is there
+    x_rows, residual_rows = rows.tensors
     with device_guard(output):
         add_layer_norm_forward_kernel[(ceil_div(num_rows, tile.BLOCK_M),)](
-            x,
+            x_rows,
             contiguous(x_bias),
-            residual,
+            residual_rows,
             contiguous(weight),
             contiguous(bias),
             seed,
@@ -211,14 +211,16 @@ def backward(
         grad_residual = x.new_empty(x.shape, dtype=grad_residual_dtype)
     needs = (need_x_bias, need_weight, need_bias)
     # Of x_bias, weight and bias.
-    gradients = [x.new_empty((width if need else 0,), dtype=torch.float32) for need in needs]
+    grad_x_bias, grad_weight, grad_bias = gradients = [
+        x.new_empty((width if need else 0,), dtype=torch.float32) for need in needs
+    ]
     if num_rows == 0:
         for gradient in gradients:
             gradient.zero_()
-        return grad_x, grad_residual, gradients[0], gradients[1], gradients[2]
+        return grad_x, grad_residual, grad_x_bias, grad_weight, grad_bias
 
     rows = rows_of(grad_output, grad_sum, x, residual)
-    grad_output, grad_sum, x, residual = rows.tensors  # type: ignore[assignment]  # x is there
+    grad_output_rows, grad_sum_rows, x_rows, residual_rows = rows.tensors
     itemsizes = [tensor.element_size() for tensor in rows.tensors if tensor is not None]
     tile = backward_tiling(width, max(itemsizes), dropout_p > 0.0, sum(needs))
     row_tiles = ceil_div(num_rows, tile.BLOCK_M)
@@ -242,6 +244,7 @@ def backward(
     # Consecutive elements that a thread has of a row.
     vector = min(16 // min(itemsizes), width & -width)
     threads = tile.num_warps * target().warp_size
+    # g - mean(g) cancels, to 0 at width 1, only if the product in g is rounded.
     options = {"enable_fp_fusion": False}
     numbers = (1.0 / (1.0 - dropout_p), keep_threshold(dropout_p))
     flags = {
@@ -257,10 +260,10 @@ def backward(
         if slices > 1:
             mean_g, mean_gy = x.new_empty((2, num_rows), dtype=torch.float32)
             add_layer_norm_means_kernel[(num_rows,)](
-                grad_output,
-                x,
+                grad_output_rows,
+                x_rows,
                 x_bias,
-                residual,
+                residual_rows,
                 mean,
                 rstd,
                 weight,
@@ -280,11 +283,11 @@ def backward(
                 **target().register_options(255),
             )
         add_layer_norm_backward_kernel[(programs, slices)](
-            grad_output,
-            grad_sum,
-            x,
+            grad_output_rows,
+            grad_sum_rows,
+            x_rows,
             x_bias,
-            residual,
+            residual_rows,
             mean,
             rstd,
             weight,
@@ -310,10 +313,9 @@ def backward(
             FOLDS=tile.BLOCK_M > 1 and 2 * vector * threads <= tile.BLOCK_M * tile.BLOCK_N,
             NUM_STAGES=stages,
             num_warps=tile.num_warps,
-            # g - mean(g) cancels, to 0 at width 1, only if the product in g is rounded.
             **options,
             **target().register_options(tile.registers),
         )
         if partials is not gradients:
             reduce_partials(partial, [g for need, g in zip(needs, gradients, strict=True) if need])
-    return grad_x, grad_residual, gradients[0], gradients[1], gradients[2]
+    return grad_x, grad_residual, grad_x_bias, grad_weight, grad_bias
