@@ -14,13 +14,6 @@ using at::Tensor;
 
 int64_t row_count(const Tensor& x) { return x.numel() / std::max<int64_t>(x.size(-1), 1); }
 
-// A parameter in fp32, null where there is none. `keep_alive` owns what the result points to.
-const float* parameter(const std::optional<Tensor>& given, Tensor& keep_alive) {
-  if (!given) return nullptr;
-  keep_alive = given->to(at::kFloat).contiguous();
-  return keep_alive.const_data_ptr<float>();
-}
-
 // Whether a tensor that may have the dtype of its neighbours or fp32 has the latter.
 bool is_fp32(const char* name, const Tensor& tensor, at::ScalarType dtype) {
   TORCH_CHECK(tensor.scalar_type() == dtype || tensor.scalar_type() == at::kFloat,

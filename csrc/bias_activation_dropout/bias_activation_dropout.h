@@ -16,7 +16,7 @@ enum class Unit { kIdentity, kRelu, kGelu, kGeluTanh, kSilu, kSigmoid };
 struct BiasActivationDropoutForward {
   StridedRows x;         // [rows, columns]
   StridedRows residual;  // [rows, width] or null
-  const float* bias;     // [columns]
+  const float* bias;     // [columns] or null
   void* output;          // T [rows, width]
   int64_t width;
   Unit unit;
@@ -31,7 +31,7 @@ struct BiasActivationDropoutForward {
 struct BiasActivationDropoutBackward {
   StridedRows grad_output;  // [rows, width]
   StridedRows x;            // [rows, columns], or null: it passes through
-  const float* bias;        // [columns], or null where x is
+  const float* bias;        // [columns] or null
   void* grad_x;             // T [rows, columns] or null
   float* partial_bias;      // [chunks, columns] or null
   int64_t rows;

@@ -38,14 +38,13 @@ Tensor bias_activation_dropout_forward_cpu(const Tensor& x, const std::optional<
                                            double dropout_p) {
   const int64_t width = x.size(-1) / (gated ? 2 : 1);
   const int64_t rows = x.numel() / std::max<int64_t>(x.size(-1), 1);
-  const Tensor bias_f = parameter(bias, 0.0f, x);
   Tensor output = in_huge_pages(at::empty(with_columns(x, width), x.options()));
 
-  Tensor x_owner, residual_owner;
+  Tensor x_owner, residual_owner, bias_owner;
   BiasActivationDropoutForward p{};
   p.x = strided_rows(x, x_owner);
   p.residual = strided_rows(residual, residual_owner);
-  p.bias = bias_f.const_data_ptr<float>();
+  p.bias = parameter(bias, bias_owner);
   p.output = output.mutable_data_ptr();
   p.width = width;
   p.unit = unit_of(activation);
@@ -77,16 +76,15 @@ std::tuple<Tensor, Tensor> bias_activation_dropout_backward_cpu(
   Tensor grad_bias = at::empty({need_grad_bias ? columns : 0}, fp32);
   Tensor partial = at::empty({chunks, need_grad_bias ? columns : 0}, fp32);
 
-  Tensor grad_output_owner, x_owner, bias_f;
+  Tensor grad_output_owner, x_owner, bias_owner;
   BiasActivationDropoutBackward p{};
   p.grad_output = strided_rows(grad_output, grad_output_owner);
   p.unit = unit_of(activation);
   p.is_gated = gated;
   if (p.is_gated || p.unit != Unit::kIdentity) {
     TORCH_CHECK(x.has_value(), "bias_activation_dropout: the backward of ", activation, " needs x");
-    bias_f = parameter(bias, 0.0f, *x);
     p.x = strided_rows(*x, x_owner);
-    p.bias = bias_f.const_data_ptr<float>();
+    p.bias = parameter(bias, bias_owner);
   }
   p.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
   p.partial_bias = need_grad_bias ? partial.mutable_data_ptr<float>() : nullptr;

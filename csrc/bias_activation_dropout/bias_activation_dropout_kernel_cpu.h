@@ -29,6 +29,14 @@ FUSED_ATTN_INLINE void for_blocks(const PhiloxKeys& keys, uint32_t threshold, in
   }
 }
 
+// x + bias from column i; no bias is null.
+template <typename T, typename Lanes>
+FUSED_ATTN_INLINE Vec load_biased(const T* x, const float* bias, int64_t i, Lanes lanes) {
+  Vec v = load_lanes(x + i, lanes);
+  if (bias) v += load_lanes(bias + i, lanes);
+  return v;
+}
+
 // f(x), and the gradient of x, given that of f(x).
 struct Activated {
   Vec value;
@@ -112,7 +120,7 @@ static void forward_rows(const BiasActivationDropoutForward& p, int64_t begin, i
       const T* x = row_of<T>(p.x, r) + start;
       const T* next_x = row_of<T>(p.x, next) + start;
       const T* residual = p.residual.data ? row_of<T>(p.residual, r) + start : nullptr;
-      const float* bias = p.bias + start;
+      const float* bias = p.bias ? p.bias + start : nullptr;
       T* output = static_cast<T*>(p.output) + r * width + start;
       for_vectors(count, [&](int64_t i, auto lanes, int slot) {
         if (slot == 0) {
@@ -120,10 +128,9 @@ static void forward_rows(const BiasActivationDropoutForward& p, int64_t begin, i
           if constexpr (kIsGated) prefetch(next_x + width, i);
           prefetch_to_write(output + width, i);
         }
-        const Vec unit = load_lanes(x + i, lanes) + load_lanes(bias + i, lanes);
+        const Vec unit = load_biased(x, bias, i, lanes);
         Vec v = activate<kUnit>(unit, Vec{}).value;
-        if constexpr (kIsGated)
-          v *= load_lanes(x + width + i, lanes) + load_lanes(bias + width + i, lanes);
+        if constexpr (kIsGated) v *= load_biased(x, bias, width + i, lanes);
         if (keep) v = keep_or_zero(v * scale, keep + i);
         if (residual) v += load_lanes(residual + i, lanes);
         store_lanes(output + i, v, lanes);
@@ -163,7 +170,7 @@ static void backward_chunks(const BiasActivationDropoutBackward& p, int64_t begi
         const T* next_grad_output = row_of<T>(p.grad_output, next) + start;
         const T* x = kPasses ? nullptr : row_of<T>(p.x, r) + start;
         const T* next_x = kPasses ? nullptr : row_of<T>(p.x, next) + start;
-        const float* bias = kPasses ? nullptr : p.bias + start;
+        const float* bias = p.bias ? p.bias + start : nullptr;
         T* grad_x = p.grad_x ? static_cast<T*>(p.grad_x) + r * columns + start : nullptr;
         float* partial = partial_row ? partial_row + start : nullptr;
         for_vectors(count, [&](int64_t i, auto lanes, int slot) {
@@ -179,10 +186,9 @@ static void backward_chunks(const BiasActivationDropoutBackward& p, int64_t begi
           if constexpr (kPasses) {
             gradients[0] = g;
           } else {
-            const Vec unit = load_lanes(x + i, lanes) + load_lanes(bias + i, lanes);
+            const Vec unit = load_biased(x, bias, i, lanes);
             if constexpr (kIsGated) {
-              const Vec value =
-                  load_lanes(x + width + i, lanes) + load_lanes(bias + width + i, lanes);
+              const Vec value = load_biased(x, bias, width + i, lanes);
               const Activated gate = activate<kUnit>(unit, g * value);
               gradients[0] = gate.gradient;
               gradients[1] = g * gate.value;

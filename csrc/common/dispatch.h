@@ -2,8 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
@@ -75,12 +73,12 @@ inline StridedRows strided_rows(const std::optional<at::Tensor>& tensor, at::Ten
   return tensor ? strided_rows(*tensor, keep_alive) : StridedRows{};
 }
 
-// A parameter of rows of x as kernels read it: fp32, contiguous, and filled where there is none.
-inline at::Tensor parameter(const std::optional<at::Tensor>& given, float otherwise,
-                            const at::Tensor& x) {
-  if (given) return given->to(at::kFloat).contiguous();
-  const auto options = x.options().dtype(at::kFloat);
-  return otherwise == 0.0f ? at::zeros({x.size(-1)}, options) : at::ones({x.size(-1)}, options);
+// A parameter as kernels read it: fp32 and contiguous; null where there is none. `keep_alive` owns
+// what the result points to.
+inline const float* parameter(const std::optional<at::Tensor>& given, at::Tensor& keep_alive) {
+  if (!given) return nullptr;
+  keep_alive = given->to(at::kFloat).contiguous();
+  return keep_alive.const_data_ptr<float>();
 }
 
 // Elements per task below which threads cost more than they save.
