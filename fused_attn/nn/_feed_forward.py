@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,66 +13,46 @@ from fused_attn.ops import bias_activation_dropout
 
 from ._linear import Product, is_plain, product_of
 from ._norm_inputs import flat_parameter
+from ._residual import active_p
 
 Activation = Callable[[Tensor], Tensor]
-_Kernel = tuple[Literal["relu", "gelu", "gelu_tanh", "silu", "sigmoid"], bool]
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation."""
-    return F.gelu(x, approximate="tanh")
+@dataclass(frozen=True)
+class FusedActivation:
+    """An activation that the kernel knows: ``unit(x)``, or gated, ``unit(gate) * value``.
+
+    The first half of ``[..., 2 F]`` is the gate.
+    """
+
+    unit: Literal["relu", "gelu", "gelu_tanh", "silu", "sigmoid"]
+    gated: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The activation alone."""
+        return bias_activation_dropout(x, activation=self.unit, gated=self.gated)
 
 
-def glu(x: Tensor) -> Tensor:
-    """``sigmoid(gate) * value``; like the others, the first half of ``[..., 2 F]`` is the gate."""
-    gate, value = x.chunk(2, -1)
-    return F.sigmoid(gate) * value
-
-
-def reglu(x: Tensor) -> Tensor:
-    """``relu(gate) * value``."""
-    gate, value = x.chunk(2, -1)
-    return F.relu(gate) * value
-
-
-def geglu(x: Tensor) -> Tensor:
-    """``gelu(gate) * value``."""
-    gate, value = x.chunk(2, -1)
-    return F.gelu(gate) * value
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """``silu(gate) * value``."""
-    gate, value = x.chunk(2, -1)
-    return F.silu(gate) * value
-
-
-NAMED: dict[str, Activation] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
-    "silu": F.silu,
-    "glu": glu,
-    "reglu": reglu,
-    "geglu": geglu,
-    "swiglu": swiglu,
+NAMED = {
+    "relu": FusedActivation("relu"),
+    "gelu": FusedActivation("gelu"),
+    "gelu_tanh": FusedActivation("gelu_tanh"),
+    "silu": FusedActivation("silu"),
+    "glu": FusedActivation("sigmoid", gated=True),
+    "reglu": FusedActivation("relu", gated=True),
+    "geglu": FusedActivation("gelu", gated=True),
+    "swiglu": FusedActivation("silu", gated=True),
 }
-"""Activations by name, of which the last four are gated: Shazeer, 2020,
-https://arxiv.org/abs/2002.05202"""
+"""Activations by name; the gated ones: Shazeer, 2020, https://arxiv.org/abs/2002.05202"""
 
-GATED = frozenset({"glu", "reglu", "geglu", "swiglu"})
 
-# The kernel's arguments `activation` and `gated`.
-_FUSED: tuple[tuple[Activation, _Kernel], ...] = (
-    (F.relu, ("relu", False)),
-    (F.gelu, ("gelu", False)),
-    (gelu_tanh, ("gelu_tanh", False)),
-    (F.silu, ("silu", False)),
-    (glu, ("sigmoid", True)),
-    (reglu, ("relu", True)),
-    (geglu, ("gelu", True)),
-    (swiglu, ("silu", True)),
-)
+class Layer(Protocol):
+    """What :func:`feed_forward` reads of a layer."""
+
+    linear1: nn.Linear
+    activation: Activation
+    dropout: nn.Dropout
+    linear2: nn.Linear
 
 
 def activation_function(name: str, activation: str | Activation) -> Activation:
@@ -91,43 +72,45 @@ def activation_function(name: str, activation: str | Activation) -> Activation:
     return NAMED[activation]
 
 
-def hidden_width(dim_feedforward: int, activation: Any) -> int:
+def hidden_width(dim_feedforward: int, activation: Activation) -> int:
     """Outputs of the first linear layer: twice as many where half of them are gates."""
-    return 2 * dim_feedforward if activation in GATED else dim_feedforward
+    fused = _fused_form(activation)
+    return 2 * dim_feedforward if fused is not None and fused.gated else dim_feedforward
 
 
-def feed_forward(
-    linear1: nn.Module, activation: Activation, dropout_p: float, linear2: nn.Module, x: Tensor
-) -> Product:
+def feed_forward(layer: Layer, x: Tensor) -> Product:
     """``linear2(dropout(activation(linear1(x))))``, with the last bias still to be added.
 
     The first bias, activation and dropout are one kernel where the activation is one that it knows.
     """
-    fused = _fused_form(activation)
+    dropout_p = active_p(layer.dropout)
+    fused = _fused_form(layer.activation)
     if fused is None:
-        return product_of(linear2, F.dropout(activation(linear1(x)), dropout_p))
-    name, gated = fused
-    product, bias = product_of(linear1, x)
+        hidden = F.dropout(layer.activation(layer.linear1(x)), dropout_p)
+        return product_of(layer.linear2, hidden)
+    product, bias = product_of(layer.linear1, x)
     hidden = bias_activation_dropout(
         product,
         flat_parameter(bias, product.dtype),
-        activation=name,
-        gated=gated,
+        activation=fused.unit,
+        gated=fused.gated,
         dropout_p=dropout_p,
     )
-    return product_of(linear2, hidden)
+    return product_of(layer.linear2, hidden)
 
 
-def _fused_form(activation: Activation) -> _Kernel | None:
-    for function, kernel in _FUSED:
+def _fused_form(activation: Activation) -> FusedActivation | None:
+    if isinstance(activation, FusedActivation):
+        return activation
+    for function, name in ((F.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu")):
         if activation is function:
-            return kernel
+            return NAMED[name]
     if not isinstance(activation, nn.Module):
         return None
     if is_plain(activation, nn.ReLU):
-        return "relu", False
+        return NAMED["relu"]
     if is_plain(activation, nn.GELU):
-        return ("gelu_tanh" if activation.approximate == "tanh" else "gelu"), False
+        return NAMED["gelu_tanh" if activation.approximate == "tanh" else "gelu"]
     if is_plain(activation, nn.SiLU):
-        return "silu", False
+        return NAMED["silu"]
     return None

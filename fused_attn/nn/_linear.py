@@ -23,6 +23,10 @@ class Product(NamedTuple):
     product: Tensor
     bias: Tensor | None = None
 
+    def total(self) -> Tensor:
+        """The product with its bias."""
+        return self.product if self.bias is None else self.product + self.bias
+
 
 def product_of(linear: nn.Module, x: Tensor) -> Product:
     """``linear(x)``, its bias left to the caller where nobody could notice.

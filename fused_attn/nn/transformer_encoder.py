@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from fused_attn.ops import BlockMask
 
 from ._feed_forward import activation_function, feed_forward, hidden_width
 from ._linear import Product
-from ._residual import Norm, Sublayer, active_p, connect, make_norm
+from ._residual import Norm, Sublayer, connect, make_norm
 from ._stack import attend, clear_padding, detect_causal, final_norm, padding_for
 from .multihead_attention import MultiheadAttention
 
@@ -64,28 +64,24 @@ class TransformerEncoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        norm_options: dict[str, Any] = {
-            "width": d_model,
-            "eps": layer_norm_eps,
-            "bias": bias,
-            "device": device,
-            "dtype": dtype,
-            "owner": name,
-        }
+        new_norm = functools.partial(
+            make_norm, norm, d_model, layer_norm_eps, bias, device, dtype, owner=name
+        )
         # In torch.nn's order: parameters are drawn in it and listed in it.
         self.self_attn = MultiheadAttention(
             d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=dtype
         )
-        hidden = hidden_width(dim_feedforward, activation)
+        function = activation_function(name, activation)
+        hidden = hidden_width(dim_feedforward, function)
         self.linear1 = nn.Linear(d_model, hidden, bias, device, dtype)
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias, device, dtype)
         self.norm_first = norm_first
-        self.norm1 = make_norm(norm, **norm_options)
-        self.norm2 = make_norm(norm, **norm_options)
+        self.norm1 = new_norm()
+        self.norm2 = new_norm()
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
-        self.activation = activation_function(name, activation)
+        self.activation = function
 
     def forward(
         self,
@@ -140,7 +136,7 @@ class TransformerEncoderLayer(nn.Module):
             src,
             (
                 Sublayer(self_attention, self.norm1, self.dropout1),
-                Sublayer(self._feed_forward, self.norm2, self.dropout2),
+                Sublayer(functools.partial(feed_forward, self), self.norm2, self.dropout2),
             ),
             self.norm_first,
             padding_for(norms, src, src_key_padding_mask, src_lengths, batch_first),
@@ -148,11 +144,7 @@ class TransformerEncoderLayer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The feed-forward network alone: ``[..., E]`` to ``[..., E]``."""
-        product, bias = self._feed_forward(x)
-        return product if bias is None else product + bias
-
-    def _feed_forward(self, x: Tensor) -> Product:
-        return feed_forward(self.linear1, self.activation, active_p(self.dropout), self.linear2, x)
+        return feed_forward(self, x).total()
 
 
 class TransformerEncoder(nn.Module):
