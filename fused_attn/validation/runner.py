@@ -84,10 +84,11 @@ def validate(
                 if case.kind not in kinds:
                     continue
                 for dtype in case.dtypes:
-                    yield _check(op, backend, case, dtype, device)
+                    yield check(op, backend, case, dtype, device)
 
 
-def _check(op: str, backend: str, case: Case, dtype: torch.dtype, device: str) -> Row:
+def check(op: str, backend: str, case: Case, dtype: torch.dtype, device: str) -> Row:
+    """The verdict on one case."""
     label = str(dtype).removeprefix("torch.")
     started = time.perf_counter()
     try:

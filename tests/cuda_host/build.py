@@ -27,8 +27,22 @@ BUILD = ROOT / "build" / "cuda_host"
 
 FLAVOURS = {
     "plain": ["-O2"],
-    "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "asan": [
+        *["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+        # Together these take more time to compile than all that is left, and say little of
+        # kernels.
+        "-fno-sanitize=null,vptr,object-size,return,nonnull-attribute,returns-nonnull-attribute,"
+        "pointer-overflow,builtin",
+        # Calls instead of code in line, for the same reason.
+        *["--param", "asan-instrumentation-with-call-threshold=0"],
+    ],
     "tsan": ["-O1", "-fsanitize=thread"],
+}
+# What the sanitizers' libraries have of the units, to be compiled in a minute: the kernels of
+# other types and head sizes are instances of the same templates.
+SANITIZED = {"float32": "float", "bfloat16": "__nv_bfloat16"}
+_SANITIZED_UNITS = {
+    "FUSED_ATTN_T": tuple(SANITIZED.values()),
 }
 # A fiber switch is a call that the compiler cannot see through, and every value in memory may
 # have changed after it; products and sums round one by one, as written.
@@ -138,6 +152,8 @@ _RULES = (
     "  command = g++ $flags -MMD -MF $out.d $in -o $out",
     "  depfile = $out.d",
     "  deps = gcc",
+    "rule weaken",
+    "  command = objcopy --weaken $in $out",
     "rule link",
     "  command = g++ -shared $flags $in -o $out $libraries",
 )
@@ -189,7 +205,8 @@ def _library_lines(flavour: str, ops: Sequence[str], folder: Path, library: Path
         lines.extend([f"build {out}: compile {source}", f"  flags = {' '.join(flags)}"])
 
     kernel_flags = [*FLAVOURS[flavour], *KERNEL_FLAGS, *include_flags()]
-    for unit in write_units(BUILD / "units"):
+    only = None if flavour == "plain" else _SANITIZED_UNITS
+    for unit in write_units(BUILD / "units", only):
         if not ops or any(unit.name.startswith(f"{op}_cuda") for op in ops):
             compile(unit, folder / f"{unit.stem}.o", kernel_flags)
     compile(HOST / "library.cpp", folder / "library.o", [*kernel_flags, *torch_flags])
@@ -197,6 +214,11 @@ def _library_lines(flavour: str, ops: Sequence[str], folder: Path, library: Path
         if not ops or source.parent.name in ops:
             flags = [*BINDING_FLAGS, *include_flags(), *torch_flags]
             compile(source, BUILD / "bindings" / f"{source.stem}.o", flags)
+            if flavour != "plain":
+                # Calls of a kernel that this library lacks need not be resolved to load it.
+                strong = objects.pop()
+                objects.append(strong.with_suffix(".weak.o"))
+                lines.append(f"build {objects[-1]}: weaken {strong}")
     return [
         *lines,
         f"build {library}: link {' '.join(str(o) for o in objects)}",
