@@ -295,7 +295,7 @@ def test_wrong_shapes_and_values_are_named() -> None:
         ({"eos_token": 50}, "eos_token must be in 0..V-1 with V = 50, got 50"),
         ({"eos_token": -1}, "eos_token must be in 0..V-1 with V = 50, got -1"),
         ({"scores": scores.to("meta")}, "scores must be on the device of logits, cpu, got meta"),
-        ({"backend": "gpu"}, "unknown backend 'gpu', expected one of cpu, reference"),
+        ({"backend": "gpu"}, "unknown backend 'gpu', expected one of cpu, cuda, reference"),
     ]
     for change, message in wrong:
         arguments: dict[str, Any] = {"logits": logits, "scores": scores, "eos_token": 2, **change}

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .._backend import describe_tensor, resolve
 from .._check import check_device, check_dtype, check_floating, check_rank, check_tensor
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .contract import beam_search_step_fused
 from .reference import beam_search_step_reference
 
 _OP = "beam_search_step"
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"cpu": cpu, "cuda": cuda, "reference": reference}
 
 
 class BeamSearchStep(NamedTuple):
@@ -58,7 +58,7 @@ def beam_search_step(
         scores: ``[B, K]`` fp32 (fp64: with fp64 logits only), running sums of
             log-probabilities. Start with 0 in the first beam and -inf in the others.
         eos_token: The token, in 0..V-1, that ends a sequence.
-        backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; default: the first that can.
+        backend: ``cpu``, ``cuda`` or ``reference``; default: the first that can.
 
     Raises:
         TypeError: An argument is no tensor, or of a wrong dtype.
