@@ -18,12 +18,12 @@ from .._check import (
     check_same,
     check_tensor,
 )
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 from .contract import decode_attention_fused
 from .reference import decode_attention_reference
 
 _OP = "decode_attention"
-BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 
 
 def decode_attention(
@@ -82,7 +82,7 @@ def decode_attention(
         scale: Multiplies the logits. Default ``1 / sqrt(D)``.
         softcap: Bounds the logits, above 0. Default: no bound.
         return_lse: Return the log-sum-exp of each row's logits as well.
-        backend: ``cpu``, ``triton`` or ``reference``; default: the first that can.
+        backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; default: the first that can.
 
     Returns:
         ``[R, H, T, Dv]`` in ``query.dtype``; with ``return_lse`` also ``[R, H, T]`` fp32,
