@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from .._backend import describe_tensor, resolve
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 from .arguments import OP, attention_inputs
 from .block_mask import BlockMask
 from .contract import attention_fused
@@ -15,7 +15,7 @@ from .nested import renest, unnest
 from .reference import attention_reference
 from .weights import attention_weights
 
-BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 
 
 def attention(
@@ -98,7 +98,7 @@ def attention(
         return_weights: Return the weights before dropout as well, computed in a second pass that
             takes T x S memory; ``"mean"``: averaged over the heads. Packed and nested batches
             give padded weights.
-        backend: ``cpu``, ``triton`` or ``reference``; default: the first that can.
+        backend: ``cpu``, ``cuda``, ``triton`` or ``reference``; default: the first that can.
 
     Returns:
         ``[B, H, T, Dv]`` in ``query.dtype``, packed ``[N, H, Dv]``. Then, where asked for, the
