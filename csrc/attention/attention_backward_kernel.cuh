@@ -102,6 +102,8 @@ __global__ void __launch_bounds__(kAttentionThreads,
   constexpr int kFragments = kKeys / 8;
   constexpr uint32_t kQueryBytes = Tiles::kQueries * TileT::kRowBytes;
   constexpr uint32_t kKeyBytes = kKeys * TileT::kRowBytes;
+  SHARED(BlockRows, saved, );
+  SHARED(HeadPairs, pairs, );
   const AttentionCall& call = p.call;
 
   const BlockPosition position = block_position(p.grid);
@@ -113,8 +115,8 @@ __global__ void __launch_bounds__(kAttentionThreads,
   const int stop = call.is_packed ? sequence.queries : call.queries;
   if (m0 >= stop) return;
 
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp_row = static_cast<int>(threadIdx.x) / kWarp * (16 * kRowTiles);
+  const int lane = thread_number() % kWarp;
+  const int warp_row = thread_number() / kWarp * (16 * kRowTiles);
   unsigned char* const shared = dynamic_shared();
   const uint32_t q_tile = ptx::shared_address(shared);
   const uint32_t do_tile = q_tile + kQueryBytes;
@@ -123,12 +125,17 @@ __global__ void __launch_bounds__(kAttentionThreads,
   const T* const k = head_rows<T>(call.k, b, key_head, sequence.key_begin);
   const T* const v = head_rows<T>(call.v, b, key_head, sequence.key_begin);
   const TileRange range = key_range<Tiles::kQueries, kKeys>(call, sequence, m0);
-  HeadPairs pairs;
   TileKinds kinds;
-  if constexpr (kGeneral) {
-    pairs = head_pairs<T>(call, sequence, b, h);
-    kinds = tile_kinds(call, b, h, m0, false);
+  if constexpr (kGeneral) kinds = tile_kinds(call, b, h, m0, false);
+  if (threadIdx.x == 0) {
+    saved = {
+        b,    h, m0, sequence.query_begin, stop, sequence.queries, sequence.keys, sequence.diagonal,
+        range};
+    if constexpr (kGeneral) pairs = head_pairs<T>(call, sequence, b, h);
   }
+  __syncthreads();
+  KeysShown shown_keys;
+  if constexpr (kGeneral) shown_keys = keys_shown(call, b, h);
   const auto next_tile = [&](int tile) {
     if constexpr (kGeneral) return kinds.next<kKeys>(tile, range.last);
     return tile;
@@ -139,12 +146,12 @@ __global__ void __launch_bounds__(kAttentionThreads,
       const int n0 = tile * kKeys;
       const auto load_both = [&](auto shown) {
         load_tile<T, kHeadDim, kKeys, kAttentionThreads>(to, k, call.k.stride_row, call.k.width, n0,
-                                                         sequence.keys, shown);
+                                                         saved.keys, shown);
         load_tile<T, kHeadDim, kKeys, kAttentionThreads>(to + kKeyBytes, v, call.v.stride_row,
-                                                         call.v.width, n0, sequence.keys, shown);
+                                                         call.v.width, n0, saved.keys, shown);
       };
       if constexpr (kGeneral)
-        load_both(keys_shown(call, pairs));
+        load_both(shown_keys);
       else
         load_both(AllShown());
     }
@@ -164,6 +171,9 @@ __global__ void __launch_bounds__(kAttentionThreads,
   const bool is_softmax = !kGeneral || call.activation == AttentionActivation::kSoftmax;
   const bool exact = kGeneral && call.exact;
   constexpr int kLanesPerRow = 2 / kRowTiles;
+  SHARED(float, row_sums, [Tiles::kQueries]);  // of dX: the gradients of the lse
+  SHARED(bool, is_corrected, );
+  if (threadIdx.x == 0) is_corrected = false;
   float row_lse = 0.0f, row_delta = 0.0f, row_sum = 0.0f;
   ptx::cp_async_wait<1>();
   __syncthreads();
@@ -190,8 +200,9 @@ __global__ void __launch_bounds__(kAttentionThreads,
       row_delta -= row_sum;
     }
   }
+  if (lane % kLanesPerRow == 0) row_sums[warp_row + lane / kLanesPerRow] = row_sum;
   // From the lane that made them to those that have the rows of accumulators.
-  float lse[kRowTiles][2], delta[kRowTiles][2], sum[kRowTiles][2];
+  float lse[kRowTiles][2], delta[kRowTiles][2];
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -199,7 +210,6 @@ __global__ void __launch_bounds__(kAttentionThreads,
       const int source = (16 * i + 8 * r + lane / 4) * kLanesPerRow;
       lse[i][r] = __shfl_sync(kFullMask, row_lse, source);
       delta[i][r] = __shfl_sync(kFullMask, row_delta, source);
-      sum[i][r] = __shfl_sync(kFullMask, row_sum, source);
     }
 
   const uint32_t q_address = TileT::first_operand(q_tile, warp_row, lane);
@@ -209,11 +219,11 @@ __global__ void __launch_bounds__(kAttentionThreads,
   constexpr float kTolerance = Rounding<T>::kEpsilon / 16.0f;
 
   float dq[kRowTiles][kHeadDim / 8][4];
-  for (int round = 0;; ++round) {
+  for (;;) {
     clear(dq);
     float error[kRowTiles][2] = {};
     float size[kRowTiles][2] = {};
-    int tile = next_tile(range.first);
+    int tile = next_tile(saved.range.first);
     int stage = 0;
     while (tile < range.last) {
       const int next = next_tile(tile + 1);
@@ -230,7 +240,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
       multiply_transposed<T, kHeadDim, kRowTiles, kKeys>(dp, do_address,
                                                          TileT::by_rows(v_tile, lane));
       const int n0 = tile * kKeys;
-      const bool cut = range.cuts(tile);
+      const bool cut = saved.range.cuts(tile);
       if constexpr (kGeneral) {
         const bool mixed = kinds.class_at(n0) > 1;
         const uint32_t* const bits = block_bits(call, kinds.block_at(n0));
@@ -253,7 +263,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
           }
         }
       } else {
-        if (cut) hide_cut_pairs(call, sequence, m0 + warp_row, n0, lane, x);
+        if (cut) hide_cut_pairs(call, saved, saved.first + warp_row, n0, lane, x);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -273,34 +283,38 @@ __global__ void __launch_bounds__(kAttentionThreads,
       tile = next;
     }
     ptx::cp_async_wait<0>();
-    if (round > 0 || !is_softmax) break;
+    __syncwarp();
+    if (is_corrected || !is_softmax) break;
     bool wrong = false;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         // A row's dX add up to grad_lse, if delta is right.
-        const float lacking = quad_sum(error[i][r]) - sum[i][r];
+        const float lacking =
+            quad_sum(error[i][r]) - row_sums[warp_row + 16 * i + 8 * r + lane / 4];
         wrong |= fabsf(lacking) > kTolerance * quad_sum(size[i][r]);
         delta[i][r] += lacking;
       }
     // Also the barrier before the stages are written over.
     if (__syncthreads_or(wrong) == 0) break;
-    load(next_tile(range.first), 0);
+    if (threadIdx.x == 0) is_corrected = true;
+    load(next_tile(saved.range.first), 0);
   }
   __syncthreads();
 
-  const int64_t statistics = statistics_index(call, b, h);
+  const BlockRows rows = saved;
+  const int64_t statistics = statistics_index(call, rows.b, rows.h);
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int t = m0 + warp_row + 16 * i + 8 * r + lane / 4;
+      const int t = rows.first + warp_row + 16 * i + 8 * r + lane / 4;
       if (lane % 4 == 0) {
         p.row_lse[statistics + t] = lse[i][r];
         p.row_delta[statistics + t] = delta[i][r];
       }
-      const bool seen = t < sequence.queries && lse[i][r] != infinity();
+      const bool seen = t < rows.queries && lse[i][r] != infinity();
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j)
 #pragma unroll
@@ -310,11 +324,19 @@ __global__ void __launch_bounds__(kAttentionThreads,
         }
     }
   store_rows<T, kHeadDim, kRowTiles>(
-      dq, shared, warp_row, head_rows<T>(p.dq, b, h, sequence.query_begin), p.dq.stride_row,
-      p.dq.width, p.dq.vectors, m0 + warp_row, stop);
+      dq, shared, warp_row, head_rows<T>(p.dq, rows.b, rows.h, rows.begin), p.dq.stride_row,
+      p.dq.width, p.dq.vectors, rows.first + warp_row, rows.stop);
 }
 
 // --- dk and dv ----------------------------------------------------------------------------------
+
+// The rows of the first of the heads that share keys.
+struct HeadGroup {
+  const void* q;
+  const void* grad_output;
+  const float* row_lse;
+  const float* row_delta;
+};
 
 // dk and dv of a tile of keys, from all query heads that share it, in their order. Tiles of pairs
 // are transposed, rows being keys, so that P^T and dX^T are first operands where they are.
@@ -329,6 +351,9 @@ __global__ void __launch_bounds__(kAttentionThreads,
   constexpr int kFragments = kQueries / 8;
   constexpr uint32_t kKeyBytes = kKeys * TileT::kRowBytes;
   constexpr uint32_t kQueryBytes = kQueries * TileT::kRowBytes;
+  SHARED(BlockRows, saved, );
+  SHARED(HeadPairs, pairs, );
+  SHARED(HeadGroup, group, );
   const AttentionCall& call = p.call;
 
   const BlockPosition position = block_position(p.grid);
@@ -340,8 +365,8 @@ __global__ void __launch_bounds__(kAttentionThreads,
   const int stop = call.is_packed ? sequence.keys : call.keys;
   if (n0 >= stop) return;
 
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp_row = static_cast<int>(threadIdx.x) / kWarp * 16;
+  const int lane = thread_number() % kWarp;
+  const int warp_row = thread_number() / kWarp * 16;
   unsigned char* const shared = dynamic_shared();
   const uint32_t k_tile = ptx::shared_address(shared);
   const uint32_t v_tile = k_tile + kKeyBytes;
@@ -351,7 +376,23 @@ __global__ void __launch_bounds__(kAttentionThreads,
 
   const TileRange range = query_range<kQueries, kKeys>(call, sequence, n0);
   // The loop is over tiles of queries of heads that share the keys.
-  HeadPairs pairs;
+  if (threadIdx.x == 0) {
+    const int h = key_head * call.heads_per_key;
+    const int64_t statistics = statistics_index(call, b, h);
+    group = {head_rows<T>(call.q, b, h, sequence.query_begin),
+             head_rows<T>(p.grad_output, b, h, sequence.query_begin), p.row_lse + statistics,
+             p.row_delta + statistics};
+    saved = {b,
+             key_head,
+             n0,
+             sequence.key_begin,
+             stop,
+             sequence.queries,
+             sequence.keys,
+             sequence.diagonal,
+             range};
+  }
+  __syncthreads();
   TileKinds kinds;
   struct Step {
     int head;
@@ -362,33 +403,33 @@ __global__ void __launch_bounds__(kAttentionThreads,
     while (step.head < call.heads_per_key) {
       if constexpr (kGeneral) {
         const TileKinds shown =
-            tile_kinds(call, b, key_head * call.heads_per_key + step.head, n0, true);
+            tile_kinds(call, saved.b, saved.h * call.heads_per_key + step.head, saved.first, true);
         step.tile = shown.next<kQueries>(step.tile, range.last);
       }
       if (step.tile < range.last) break;
       ++step.head;
-      step.tile = range.first;
+      step.tile = saved.range.first;
     }
     return step;
   };
   const auto load = [&](Step step, int stage) {
     if (step.head < call.heads_per_key) {
-      const int h = key_head * call.heads_per_key + step.head;
       const int m0 = step.tile * kQueries;
       const uint32_t to = stages + stage * Tiles::kStageBytes;
       load_tile<T, kHeadDim, kQueries, kAttentionThreads>(
-          to, head_rows<T>(call.q, b, h, sequence.query_begin), call.q.stride_row, call.q.width, m0,
-          sequence.queries, AllShown());
+          to, static_cast<const T*>(group.q) + step.head * call.q.stride_h, call.q.stride_row,
+          call.q.width, m0, saved.queries, AllShown());
       load_tile<T, kHeadDim, kQueries, kAttentionThreads>(
-          to + kQueryBytes, head_rows<T>(p.grad_output, b, h, sequence.query_begin),
-          p.grad_output.stride_row, p.grad_output.width, m0, sequence.queries, AllShown());
-      const int thread = static_cast<int>(threadIdx.x);
+          to + kQueryBytes,
+          static_cast<const T*>(group.grad_output) + step.head * p.grad_output.stride_h,
+          p.grad_output.stride_row, p.grad_output.width, m0, saved.queries, AllShown());
       constexpr int kPacks = kQueries / 4;
-      if (thread < 2 * kPacks) {
-        const float* const source = (thread < kPacks ? p.row_lse : p.row_delta) +
-                                    statistics_index(call, b, h) + m0 + thread % kPacks * 4;
-        ptx::cp_async16(k_tile + kStatistics + stage * Tiles::kStatisticsBytes + thread * 16,
-                        source, true);
+      if (thread_number() < 2 * kPacks) {
+        const int64_t row =
+            statistics_index(call, 0, step.head) + m0 + thread_number() % kPacks * 4;
+        ptx::cp_async16(
+            k_tile + kStatistics + stage * Tiles::kStatisticsBytes + thread_number() * 16,
+            (thread_number() < kPacks ? group.row_lse : group.row_delta) + row, true);
       }
     }
     ptx::cp_async_commit();
@@ -416,9 +457,11 @@ __global__ void __launch_bounds__(kAttentionThreads,
   while (step.head < call.heads_per_key) {
     if (kGeneral && step.head != known_head) {
       known_head = step.head;
-      const int h = key_head * call.heads_per_key + step.head;
-      pairs = head_pairs<T>(call, sequence, b, h);
-      kinds = tile_kinds(call, b, h, n0, true);
+      const int h = saved.h * call.heads_per_key + step.head;
+      // The last head's pairs have been looked at.
+      __syncthreads();
+      if (threadIdx.x == 0) pairs = head_pairs<T>(call, sequence, saved.b, h);
+      kinds = tile_kinds(call, saved.b, h, saved.first, true);
     }
     const Step next = find({step.head, step.tile + 1});
     ptx::cp_async_wait<0>();
@@ -436,7 +479,7 @@ __global__ void __launch_bounds__(kAttentionThreads,
     clear(dp);
     if constexpr (kWantKeys)
       multiply_transposed<T, kHeadDim, 1, kQueries>(dp, v_address, TileT::by_rows(do_tile, lane));
-    const bool cut = range.cuts(step.tile);
+    const bool cut = saved.range.cuts(step.tile);
     bool mixed = false;
     const uint32_t* bits = nullptr;
     if constexpr (kGeneral) {
@@ -459,10 +502,13 @@ __global__ void __launch_bounds__(kAttentionThreads,
         for (int e = 0; e < 4; ++e) dp[0][j][e] = scaled_dx[e];
       } else {
         if (cut) {
+          // Rows behind the length have nothing to hide from: they are not stored.
+          const int over = saved.first + warp_row + lane / 4 - at.t0 - saved.diagonal;
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (!is_inside(call, sequence.diagonal, sequence.keys, at.t(e), at.s(e)))
-              x[0][j][e] = -infinity();
+          for (int e = 0; e < 4; ++e) {
+            const int distance = over + e / 2 * 8 - e % 2;
+            if (distance > call.right || distance < -call.left) x[0][j][e] = -infinity();
+          }
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -484,10 +530,11 @@ __global__ void __launch_bounds__(kAttentionThreads,
   ptx::cp_async_wait<0>();
   __syncthreads();
 
+  const BlockRows rows = saved;
   const float keep_scale = kGeneral ? call.keep_scale : 1.0f;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool seen = n0 + warp_row + 8 * r + lane / 4 < sequence.keys;
+    const bool seen = rows.first + warp_row + 8 * r + lane / 4 < rows.keys;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j)
 #pragma unroll
@@ -503,13 +550,13 @@ __global__ void __launch_bounds__(kAttentionThreads,
       }
   }
   if constexpr (kWantKeys)
-    store_rows<T, kHeadDim, 1>(dk, shared, warp_row,
-                               head_rows<T>(p.dk, b, key_head, sequence.key_begin), p.dk.stride_row,
-                               p.dk.width, p.dk.vectors, n0 + warp_row, stop);
+    store_rows<T, kHeadDim, 1>(dk, shared, warp_row, head_rows<T>(p.dk, rows.b, rows.h, rows.begin),
+                               p.dk.stride_row, p.dk.width, p.dk.vectors, rows.first + warp_row,
+                               rows.stop);
   if constexpr (kWantValues)
     store_rows<T, kHeadDim, 1>(dv, shared + kKeyBytes, warp_row,
-                               head_rows<T>(p.dv, b, key_head, sequence.key_begin), p.dv.stride_row,
-                               p.dv.width, p.dv.vectors, n0 + warp_row, stop);
+                               head_rows<T>(p.dv, rows.b, rows.h, rows.begin), p.dv.stride_row,
+                               p.dv.width, p.dv.vectors, rows.first + warp_row, rows.stop);
 }
 
 // --- the bias's gradient ------------------------------------------------------------------------
@@ -554,8 +601,8 @@ __global__ void __launch_bounds__(kAttentionThreads, BiasGradientTiles<kHeadDim>
   const int last_head = by_head ? own_head + 1 : call.heads;
   const int last_row = by_row ? own_row + 1 : row_tiles;
 
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = thread_number() % kWarp;
+  const int warp = thread_number() / kWarp;
   const uint32_t q_tile = ptx::shared_address(dynamic_shared());
   const uint32_t do_tile = q_tile + Tiles::kTileBytes;
   const uint32_t k_tile = do_tile + Tiles::kTileBytes;
@@ -595,10 +642,10 @@ __global__ void __launch_bounds__(kAttentionThreads, BiasGradientTiles<kHeadDim>
           __syncthreads();
           load_tile<T, kHeadDim, kBiasTile, kAttentionThreads>(
               k_tile, head_rows<T>(call.k, b, key_head, sequence.key_begin), call.k.stride_row,
-              call.k.width, n0, sequence.keys, keys_shown(call, pairs));
+              call.k.width, n0, sequence.keys, keys_shown(call, b, h));
           load_tile<T, kHeadDim, kBiasTile, kAttentionThreads>(
               v_tile, head_rows<T>(call.v, b, key_head, sequence.key_begin), call.v.stride_row,
-              call.v.width, n0, sequence.keys, keys_shown(call, pairs));
+              call.v.width, n0, sequence.keys, keys_shown(call, b, h));
           ptx::cp_async_commit();
           ptx::cp_async_wait<0>();
           __syncthreads();
@@ -675,7 +722,7 @@ __global__ void __launch_bounds__(kAttentionThreads, BiasGradientTiles<kHeadDim>
       if (lane < 4) column_sums[warp][8 * j + lane * 2 + c] = sum;
     }
   __syncthreads();
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_number();
   if (thread < (by_column ? kBiasTile : 1)) {
     float sum = 0.0f;
 #pragma unroll

@@ -110,7 +110,7 @@ void attention_mask_classes_cuda(const AttentionCall& call, const AttentionMaskS
   const int64_t blocks =
       static_cast<int64_t>(sizes.batch) * sizes.heads * sizes.row_tiles * sizes.column_tiles;
   launch("attention_mask_classes", attention_mask_classes_kernel<T, kHeadDim>,
-         dim3(static_cast<unsigned>(blocks)), dim3(kMaskClassThreads), 0, stream, call, sizes);
+         dim3(static_cast<unsigned>(blocks)), dim3(kAttentionThreads), 0, stream, call, sizes);
 }
 
 template void attention_forward_cuda<FUSED_ATTN_T, FUSED_ATTN_HEAD_DIM>(const AttentionForwardCuda&,

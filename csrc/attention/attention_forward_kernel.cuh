@@ -7,8 +7,11 @@
 
 namespace fused_attn {
 
-constexpr int kAttentionThreads = 128;
-constexpr int kAttentionWarps = kAttentionThreads / kWarp;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHopper = true;
+#else
+constexpr bool kHopper = false;
+#endif
 
 // A warp has kRowTiles x 16 queries: with two, every fragment of keys and values that is read from
 // shared memory serves two products, which its bandwidth asks for. The accumulators of the output
@@ -22,7 +25,9 @@ struct ForwardTiles {
   static constexpr int kQueries = 16 * kRowTiles * kAttentionWarps;
   static constexpr int kKeys = 64;
   static constexpr int kSlots = kHeadDim > 128 ? 2 : 3;
-  static constexpr int kBlocks = kHeadDim <= 64 ? 3 : 2;  // on a multiprocessor, by registers
+  // On a multiprocessor, by registers. Where three would spill, two.
+  static constexpr int kBlocks =
+      kHeadDim <= 32 || (kHeadDim <= 64 && (kGeneral || kHopper)) ? 3 : 2;
   static constexpr int kSharedBytes = (kQueries + kSlots * kKeys) * kHeadDim * 2;
 };
 
@@ -36,6 +41,8 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
   constexpr int kSlots = Tiles::kSlots;
   constexpr int kFragments = kKeys / 8;
   constexpr uint32_t kSlotBytes = kKeys * TileT::kRowBytes;
+  SHARED(BlockRows, saved, );
+  SHARED(HeadPairs, pairs, );
   const AttentionCall& call = p.call;
 
   const BlockPosition position = block_position(p.grid);
@@ -48,8 +55,8 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
   const int stop = call.is_packed ? sequence.queries : call.queries;
   if (m0 >= stop) return;
 
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp_row = static_cast<int>(threadIdx.x) / kWarp * (16 * kRowTiles);
+  const int lane = thread_number() % kWarp;
+  const int warp_row = thread_number() / kWarp * (16 * kRowTiles);
   unsigned char* const shared = dynamic_shared();
   const uint32_t q_tile = ptx::shared_address(shared);
   const uint32_t ring = q_tile + Tiles::kQueries * TileT::kRowBytes;
@@ -58,12 +65,17 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
   const T* const k = head_rows<T>(call.k, b, key_head, sequence.key_begin);
   const T* const v = head_rows<T>(call.v, b, key_head, sequence.key_begin);
   const TileRange range = key_range<Tiles::kQueries, kKeys>(call, sequence, m0);
-  HeadPairs pairs;
   TileKinds kinds;
-  if constexpr (kGeneral) {
-    pairs = head_pairs<T>(call, sequence, b, h);
-    kinds = tile_kinds(call, b, h, m0, false);
+  if constexpr (kGeneral) kinds = tile_kinds(call, b, h, m0, false);
+  if (threadIdx.x == 0) {
+    saved = {
+        b,    h, m0, sequence.query_begin, stop, sequence.queries, sequence.keys, sequence.diagonal,
+        range};
+    if constexpr (kGeneral) pairs = head_pairs<T>(call, sequence, b, h);
   }
+  __syncthreads();
+  KeysShown shown_keys;
+  if constexpr (kGeneral) shown_keys = keys_shown(call, b, h);
   const auto next_tile = [&](int tile) {
     if constexpr (kGeneral) return kinds.next<kKeys>(tile, range.last);
     return tile;
@@ -73,11 +85,11 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
       const uint32_t to = ring + slot * kSlotBytes;
       const int n0 = tile * kKeys;
       if constexpr (kGeneral)
-        load_tile<T, kHeadDim, kKeys, kAttentionThreads>(
-            to, rows, layout.stride_row, layout.width, n0, sequence.keys, keys_shown(call, pairs));
+        load_tile<T, kHeadDim, kKeys, kAttentionThreads>(to, rows, layout.stride_row, layout.width,
+                                                         n0, saved.keys, shown_keys);
       else
         load_tile<T, kHeadDim, kKeys, kAttentionThreads>(to, rows, layout.stride_row, layout.width,
-                                                         n0, sequence.keys, AllShown());
+                                                         n0, saved.keys, AllShown());
     }
     ptx::cp_async_commit();
   };
@@ -123,7 +135,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
         x, q_address, TileT::by_rows(ring + k_slot * kSlotBytes, lane));
 
     const int n0 = tile * kKeys;
-    const bool cut = range.cuts(tile);
+    const bool cut = saved.range.cuts(tile);
     if constexpr (kGeneral) {
       const bool mixed = kinds.class_at(n0) > 1;
       const uint32_t* const bits = block_bits(call, kinds.block_at(n0));
@@ -142,7 +154,7 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
           }
         }
     } else if (cut) {
-      hide_cut_pairs(call, sequence, m0 + warp_row, n0, lane, x);
+      hide_cut_pairs(call, saved, saved.first + warp_row, n0, lane, x);
     }
 
 #pragma unroll
@@ -217,16 +229,17 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
   ptx::cp_async_wait<0>();
   __syncthreads();
 
+  const BlockRows rows = saved;
   const float keep_scale = kGeneral ? call.keep_scale : 1.0f;
-  const int64_t index = row_index(call, b, h, sequence.query_begin);
+  const int64_t index = row_index(call, rows.b, rows.h, rows.begin);
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int t = m0 + warp_row + 16 * i + 8 * r + lane / 4;
+      const int t = rows.first + warp_row + 16 * i + 8 * r + lane / 4;
       const float sum = quad_sum(total[i][r]);
       // Not by the peak, which has lost a NaN.
-      const bool empty = sum == 0.0f || t >= sequence.queries;
+      const bool empty = sum == 0.0f || t >= rows.queries;
       float factor = keep_scale;
       float lse = 0.0f;
       if (is_softmax) {
@@ -241,11 +254,11 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
           float& o = output[i][j][2 * r + c];
           o = empty ? 0.0f : o * factor;
         }
-      if (lane % 4 == 0 && t < stop) p.lse[index + t] = empty ? -infinity() : lse;
+      if (lane % 4 == 0 && t < rows.stop) p.lse[index + t] = empty ? -infinity() : lse;
     }
   store_rows<T, kHeadDim, kRowTiles>(
-      output, shared, warp_row, head_rows<T>(p.output, b, h, sequence.query_begin),
-      p.output.stride_row, p.output.width, p.output.vectors, m0 + warp_row, stop);
+      output, shared, warp_row, head_rows<T>(p.output, rows.b, rows.h, rows.begin),
+      p.output.stride_row, p.output.width, p.output.vectors, rows.first + warp_row, rows.stop);
 }
 
 }  // namespace fused_attn

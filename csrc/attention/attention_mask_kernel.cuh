@@ -6,11 +6,9 @@
 
 namespace fused_attn {
 
-constexpr int kMaskClassThreads = 128;
-
 // One block a tile. T and kHeadDim only keep apart the copies of the kernel's units.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kMaskClassThreads)
+__global__ void __launch_bounds__(kAttentionThreads)
     attention_mask_classes_kernel(const __grid_constant__ AttentionCall call,
                                   const __grid_constant__ AttentionMaskSizes sizes) {
   int block = static_cast<int>(blockIdx.x);
@@ -25,7 +23,7 @@ __global__ void __launch_bounds__(kMaskClassThreads)
   const int64_t stride_s = call.mask.stride_s;
   // Two threads a row, each of half of its columns.
   constexpr int kColumns = kMaskClassTile / 2;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_number();
   const int row = row_tile * kMaskClassTile + thread / 2;
   const int first = column_tile * kMaskClassTile + thread % 2 * kColumns;
   bool shows = false, hides = false;

@@ -70,6 +70,32 @@ __device__ __forceinline__ AttentionSequence sequence_of(const AttentionCall& ca
   return s;
 }
 
+// Tiles [first, last); those of [full_first, full_last) are cut by no bound.
+struct TileRange {
+  int first;
+  int last;
+  int full_first;
+  int full_last;
+
+  __device__ __forceinline__ bool cuts(int tile) const {
+    return tile < full_first || tile >= full_last;
+  }
+};
+
+// What a block knows about its rows. It lies in shared memory, since most of it is wanted where the
+// loop begins and ends, or in few turns, and would take the registers of accumulators.
+struct BlockRows {
+  int b;
+  int h;
+  int first;  // row of the tile
+  int begin;  // row of the sequence
+  int stop;   // of the rows that are written
+  int queries;
+  int keys;
+  int diagonal;
+  TileRange range;
+};
+
 // The first row of a sequence of a head.
 template <typename T>
 __device__ __forceinline__ const T* head_rows(const AttentionRows& rows, int b, int h, int begin) {
@@ -95,18 +121,6 @@ __device__ __forceinline__ int64_t statistics_index(const AttentionCall& call, i
 }
 
 // --- tiles of pairs -----------------------------------------------------------------------------
-
-// Tiles [first, last); those of [full_first, full_last) are cut by no bound.
-struct TileRange {
-  int first;
-  int last;
-  int full_first;
-  int full_last;
-
-  __device__ __forceinline__ bool cuts(int tile) const {
-    return tile < full_first || tile >= full_last;
-  }
-};
 
 template <int kSize>
 __device__ __forceinline__ TileRange tile_range(int begin, int end, int full_begin, int full_end) {
@@ -158,7 +172,7 @@ struct TileKinds {
   template <int kSize>
   __device__ __forceinline__ int next(int tile, int last) const {
     if (!classes && !blocks) return tile;
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int lane = thread_number() % kWarp;
     for (; tile < last; tile += kWarp) {
       const int mine = tile + lane;
       const bool shows = mine < last && class_at(mine * kSize) != 0 && block_at(mine * kSize) != 0;
@@ -209,7 +223,6 @@ struct HeadPairs {
   int64_t first_row;  // of the head, for dropout
   int diagonal;
   int keys;
-  bool by_key;  // the mask is the same for all queries: what it hides is read as 0
 };
 
 template <typename T>
@@ -221,7 +234,6 @@ __device__ __forceinline__ HeadPairs head_pairs(const AttentionCall& call,
   if (call.mask.data) {
     pairs.mask = static_cast<const uint8_t*>(call.mask.data) + b * call.mask.stride_b +
                  h * call.mask.stride_h;
-    pairs.by_key = call.mask.stride_t == 0;
   }
   if (call.bias.data) {
     const int64_t offset = b * call.bias.stride_b + h * call.bias.stride_h;
@@ -245,31 +257,28 @@ struct KeysShown {
   }
 };
 
-__device__ __forceinline__ KeysShown keys_shown(const AttentionCall& call, const HeadPairs& pairs) {
-  return {pairs.by_key ? pairs.mask : nullptr, call.mask.stride_s};
-}
-
-// Whether a bound hides a pair.
-__device__ __forceinline__ bool is_inside(const AttentionCall& call, int diagonal, int keys, int t,
-                                          int s) {
-  const int over = t + diagonal;
-  return s < keys && s <= over + call.right && s >= over - call.left;
+__device__ __forceinline__ KeysShown keys_shown(const AttentionCall& call, int b, int h) {
+  if (call.mask.data == nullptr || call.mask.stride_t != 0) return {nullptr, 0};
+  return {
+      static_cast<const uint8_t*>(call.mask.data) + b * call.mask.stride_b + h * call.mask.stride_h,
+      call.mask.stride_s};
 }
 
 // Puts -inf where a bound hides a pair of a tile of logits: rows from t0, columns from s0.
 template <int kRowTiles, int kFragments>
-__device__ __forceinline__ void hide_cut_pairs(const AttentionCall& call,
-                                               const AttentionSequence& sequence, int t0, int s0,
-                                               int lane, float (&x)[kRowTiles][kFragments][4]) {
+__device__ __forceinline__ void hide_cut_pairs(const AttentionCall& call, const BlockRows& rows,
+                                               int t0, int s0, int lane,
+                                               float (&x)[kRowTiles][kFragments][4]) {
+  // Bounds of the lane's first row, from its first column. They depend on the tile, so that no
+  // bounds of rows are kept in registers between tiles.
+  const int over = t0 + lane / 4 + rows.diagonal - (s0 + lane % 4 * 2);
+  const int keys = rows.keys - (s0 + lane % 4 * 2);
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      // Bounds of a row, from the lane's first column.
-      const int over = t0 + 16 * i + 8 * r + lane / 4 + sequence.diagonal;
-      const int column = s0 + lane % 4 * 2;
-      const int begin = over - call.left - column;
-      const int end = min(over + call.right + 1, sequence.keys) - column;
+      const int begin = over + (16 * i + 8 * r) - call.left;
+      const int end = min(over + (16 * i + 8 * r + 1) + call.right, keys);
 #pragma unroll
       for (int j = 0; j < kFragments; ++j)
 #pragma unroll
@@ -286,9 +295,13 @@ __device__ __forceinline__ unsigned shown_pairs(const AttentionCall& call, const
                                                 const uint32_t* bits) {
   unsigned shown = 0xF;
   if (cut) {
+    const int over = at.s0 - at.t0 - pairs.diagonal;
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (!is_inside(call, pairs.diagonal, pairs.keys, at.t(e), at.s(e))) shown &= ~(1u << e);
+    for (int e = 0; e < 4; ++e) {
+      const int distance = over + (at.s(e) - at.s0) - (at.t(e) - at.t0);
+      if (at.s(e) >= pairs.keys || distance > call.right || distance < -call.left)
+        shown &= ~(1u << e);
+    }
   }
   if (mixed) {
 #pragma unroll
@@ -392,7 +405,7 @@ __device__ __forceinline__ unsigned kept_keys(const AttentionCall& call, const H
 template <bool kTransposed>
 __device__ __forceinline__ unsigned kept_pairs(const AttentionCall& call, const HeadPairs& pairs,
                                                FourPairs<kTransposed> at) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = thread_number() % kWarp;
   unsigned kept = 0;
   if constexpr (kTransposed) {
     // Four lanes have four keys of a counter, of two queries and two rows of keys.

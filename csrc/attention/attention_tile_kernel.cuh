@@ -12,6 +12,14 @@
 
 namespace fused_attn {
 
+constexpr int kAttentionThreads = 128;
+constexpr int kAttentionWarps = kAttentionThreads / kWarp;
+
+// Of the block. That it is small and not negative saves the instructions of signed divisions.
+__device__ __forceinline__ int thread_number() {
+  return static_cast<int>(threadIdx.x % kAttentionThreads);
+}
+
 // Rows of kHeadDim 16-bit elements. The 16-byte chunks of a row are permuted by an exclusive or
 // with bits of the row's number, so that the 8 rows that one ldmatrix phase reads, and the chunks
 // that a warp writes, lie in different banks.
@@ -55,34 +63,24 @@ template <typename T, int kHeadDim, int kRows, int kThreads, typename Shown>
 __device__ __forceinline__ void load_tile(uint32_t tile, const T* rows, int64_t stride, int width,
                                           int first, int limit, Shown shown) {
   using TileT = Tile<kHeadDim>;
-  static_assert(kRows * TileT::kChunks % kThreads == 0);
-  constexpr int kSteps = kRows * TileT::kChunks / kThreads;
-  const int thread = static_cast<int>(threadIdx.x);
-  if constexpr (kThreads % TileT::kChunks == 0) {
-    // Each thread has one column of chunks.
-    constexpr int kRowStep = kThreads / TileT::kChunks;
-    const int row = thread / TileT::kChunks;
-    const int chunk = thread % TileT::kChunks;
-    const T* source = rows + (first + row) * stride + chunk * 8;
-    const int64_t step = kRowStep * stride;
-    const bool inside = chunk * 8 < width;
+  // Threads side by side have chunks side by side, all of a row's if their number divides the
+  // block's threads.
+  constexpr int kLanes = kThreads % TileT::kChunks == 0 ? TileT::kChunks : TileT::kGroup;
+  constexpr int kRowStep = kThreads / kLanes;
+  static_assert(TileT::kChunks % kLanes == 0 && kRows % kRowStep == 0);
+  const int row = thread_number() / kLanes;
+  const int lane = thread_number() % kLanes;
+  const T* source = rows + (first + row) * stride + lane * 8;
+  const int64_t step = kRowStep * stride;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int r = first + row + i * kRowStep;
-      ptx::cp_async16(tile + TileT::offset(row + i * kRowStep, chunk), source,
-                      inside && r < limit && shown(r));
-      source += step;
-    }
-  } else {
+  for (int i = 0; i < kRows; i += kRowStep) {
+    const int r = first + row + i;
+    const bool is_shown = r < limit && shown(r);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int n = thread + i * kThreads;
-      const int row = n / TileT::kChunks;
-      const int chunk = n % TileT::kChunks;
-      const int r = first + row;
-      ptx::cp_async16(tile + TileT::offset(row, chunk), rows + r * stride + chunk * 8,
-                      chunk * 8 < width && r < limit && shown(r));
-    }
+    for (int chunk = 0; chunk < TileT::kChunks; chunk += kLanes)
+      ptx::cp_async16(tile + TileT::offset(row + i, lane + chunk), source + chunk * 8,
+                      is_shown && (lane + chunk) * 8 < width);
+    source += step;
   }
 }
 
@@ -170,7 +168,7 @@ __device__ __forceinline__ void store_rows(const float (&c)[kRowTiles][kHeadDim 
                                            unsigned char* tile, int row, T* result, int64_t stride,
                                            int width, bool vectors, int first, int limit) {
   using TileT = Tile<kHeadDim>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = thread_number() % kWarp;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -182,20 +180,23 @@ __device__ __forceinline__ void store_rows(const float (&c)[kRowTiles][kHeadDim 
             pack2<T>(c[i][j][2 * half], c[i][j][2 * half + 1]);
   __syncwarp();
   constexpr int kVectors = 16 * kRowTiles * TileT::kChunks;
+  if (vectors) {
 #pragma unroll 4
-  for (int n = lane; n < kVectors; n += kWarp) {
-    const int r = n / TileT::kChunks;
-    const int chunk = n % TileT::kChunks;
-    if (first + r >= limit || chunk * 8 >= width) continue;
-    const T* source = reinterpret_cast<const T*>(tile + TileT::offset(row + r, chunk));
-    T* destination = result + (first + r) * stride + chunk * 8;
-    if (vectors) {
-      store_pack(destination, load_pack<8>(source));
-    } else {
-      const int count = min(8, width - chunk * 8);
-      for (int e = 0; e < count; ++e) destination[e] = source[e];
+    for (int n = lane; n < kVectors; n += kWarp) {
+      const int r = n / TileT::kChunks;
+      const int chunk = n % TileT::kChunks;
+      if (first + r < limit && chunk * 8 < width)
+        store_pack(result + (first + r) * stride + chunk * 8,
+                   load_pack<8>(reinterpret_cast<const T*>(tile + TileT::offset(row + r, chunk))));
     }
+    return;
   }
+#pragma unroll 1
+  for (int r = 0; r < 16 * kRowTiles && first + r < limit; ++r)
+#pragma unroll 1
+    for (int column = lane; column < width; column += kWarp)
+      result[(first + r) * stride + column] =
+          reinterpret_cast<const T*>(tile + TileT::offset(row + r, column / 8))[column % 8];
 }
 
 }  // namespace fused_attn

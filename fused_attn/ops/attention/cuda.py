@@ -35,6 +35,4 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias; the last is empty unless it is needed."""
     operators = _extension.cuda_operators(inputs.query.device)
-    return operators.attention_backward(
-        grad_output, grad_lse, *inputs, output, lse, need_grad_bias
-    )
+    return operators.attention_backward(grad_output, grad_lse, *inputs, output, lse, need_grad_bias)
