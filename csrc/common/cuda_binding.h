@@ -7,8 +7,9 @@
 #include <cuda_runtime_api.h>
 
 #ifndef FUSED_ATTN_CUDA_HOST
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #endif
 
 namespace fused_attn {
@@ -29,12 +30,13 @@ struct CudaCall {
 // Kernels launched while it lives run on the tensor's device, on PyTorch's current stream.
 struct CudaCall {
   explicit CudaCall(const at::Tensor& tensor)
-      : guard(tensor.device()),
-        stream(at::cuda::getCurrentCUDAStream().stream()),
-        multiprocessors(at::cuda::getCurrentDeviceProperties()->multiProcessorCount) {}
+      : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream().stream()) {
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                          tensor.device().index()));
+  }
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
-  int multiprocessors;
+  int multiprocessors = 0;
 };
 
 #define FUSED_ATTN_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(fused_attn_C, CUDA, m)

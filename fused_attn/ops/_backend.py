@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fused_attn import _extension
 
+from ._fastest import fastest
+
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 # Tried in this order when the caller names none; `reference` is the last resort.
@@ -77,7 +79,7 @@ def resolve(
     op: str,
     backends: Mapping[str, ModuleType],
     backend: str | None,
-    device_type: str,
+    tensor: Tensor,
     reasons: Callable[[ModuleType], Sequence[str]],
     describe: Callable[[], str],
 ) -> str:
@@ -87,9 +89,9 @@ def resolve(
         op: Name of the op, for messages.
         backends: The op's backend modules by name.
         backend: The caller's choice. None takes ``FUSED_ATTN_BACKEND`` if that is set, else the
-            first backend in the device's order that can run the call. A named one never falls
-            back.
-        device_type: ``query.device.type`` or the like.
+            first backend in the device's order that can run the call, beginning with the fastest
+            where that was measured. A named one never falls back.
+        tensor: The call's first tensor: its device, dtype and last dimension decide.
         reasons: Calls a backend module's ``unsupported_reasons`` with this call's arguments.
         describe: The call in a line, for messages.
 
@@ -98,8 +100,12 @@ def resolve(
         NotImplementedError: The named backend cannot run this call.
     """
     name = _requested(backend)
+    device_type = tensor.device.type
     if name == "":
-        for candidate in _PREFERENCE.get(device_type, ()):
+        order = _PREFERENCE.get(device_type, ())
+        if device_type == "cuda" and (measured := fastest(op, tensor)):
+            order = (measured, *order)
+        for candidate in order:
             if (
                 candidate in backends
                 and unavailable_reason(candidate, device_type) == ""

@@ -86,7 +86,7 @@ def add_layer_norm(
         _OP,
         BACKENDS,
         backend,
-        x.device.type,
+        x,
         lambda module: module.unsupported_reasons(x),
         lambda: describe_tensor("x", x),
     )

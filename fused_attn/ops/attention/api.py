@@ -151,7 +151,7 @@ def attention(
         OP,
         BACKENDS,
         backend,
-        query.device.type,
+        query,
         lambda module: module.unsupported_reasons(inputs),
         lambda: describe_tensor("query", query),
     )

@@ -91,7 +91,7 @@ def beam_search_step(
         _OP,
         BACKENDS,
         backend,
-        logits.device.type,
+        logits,
         lambda module: module.unsupported_reasons(logits),
         lambda: describe_tensor("logits", logits),
     )

@@ -74,7 +74,7 @@ def bias_activation_dropout(
         _OP,
         BACKENDS,
         backend,
-        x.device.type,
+        x,
         lambda module: module.unsupported_reasons(x),
         lambda: describe_tensor("x", x),
     )

@@ -104,7 +104,7 @@ def decode_attention(
         _OP,
         BACKENDS,
         backend,
-        query.device.type,
+        query,
         lambda module: module.unsupported_reasons(query, value),
         lambda: describe_tensor("query", query),
     )
