@@ -1,10 +1,16 @@
 // The schemas of the compiled library. Python sees them as torch.ops.fused_attn_C.*; they are
 // private, and the functions in fused_attn.ops are the interface. Each op's *_cpu.cpp and
-// *_cuda.cu registers the implementations.
+// *_cuda.cpp registers the implementations.
 #include <torch/library.h>
 
 #include "common/isa.h"
 #include "common/schemas.h"
+
+#ifdef FUSED_ATTN_BUILD_CUDA
+namespace fused_attn {
+std::string cuda_architectures();  // written by setup.py
+}
+#endif
 
 namespace {
 
@@ -28,5 +34,8 @@ std::vector<std::string> compiled_instruction_sets() {
 TORCH_LIBRARY(fused_attn_C, m) {
   m.def("cpu_isa() -> str", &cpu_isa_name);
   m.def("compiled_instruction_sets() -> str[]", &compiled_instruction_sets);
+#ifdef FUSED_ATTN_BUILD_CUDA
+  m.def("cuda_architectures() -> str", &fused_attn::cuda_architectures);
+#endif
   fused_attn::define_operators(m);
 }

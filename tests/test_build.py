@@ -72,3 +72,69 @@ def test_cuda_takes_three_values_only() -> None:
     result = run_setup(os.environ["PATH"], FUSED_ATTN_CUDA="yes")
     assert result.returncode != 0
     assert "FUSED_ATTN_CUDA must be auto, 0 or 1, got 'yes'" in result.stderr
+
+
+def test_a_cuda_build_has_a_source_for_every_type_and_head_size(tmp_path: Path) -> None:
+    """The list of sources and flags of a CUDA build, as on a machine with nvcc and a CUDA torch."""
+    script = """
+import sys
+from unittest import mock
+import setuptools, torch
+from torch.utils import cpp_extension
+sys.argv = ["setup.py", "build_ext"]
+found = {}
+with (
+    mock.patch.object(torch.version, "cuda", "13.0"),
+    mock.patch.object(cpp_extension, "CUDAExtension", lambda *a, **k: found.update(k, name=a)),
+    mock.patch.object(setuptools, "setup", lambda **k: None),
+):
+    exec(compile(open("setup.py").read(), "setup.py", "exec"),
+         {"__name__": "setup", "__file__": "setup.py"})
+import os
+print(os.environ["TORCH_CUDA_ARCH_LIST"])
+print(*found["name"][1], sep="\\n")
+print(found["extra_compile_args"]["nvcc"], found["define_macros"])
+"""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FUSED_ATTN_CUDA": "1"}
+    environment.pop("TORCH_CUDA_ARCH_LIST", None)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "8.0;9.0+PTX"
+    assert "('FUSED_ATTN_BUILD_CUDA', '1')" in lines[-1]
+    sources = lines[1:-1]
+    for op in ("add_layer_norm", "attention", "beam_search", "decode_attention"):
+        assert f"csrc/{op}/{op}_cuda.cpp" in sources
+        assert any(source.startswith(f"build/generated/{op}_cuda_half") for source in sources)
+    assert "build/generated/attention_cuda_nv_bfloat16_128.cu" in sources
+    assert "build/generated/cuda_architectures.cpp" in sources
+    assert not any(source.endswith("_cuda.cu") for source in sources)
+
+
+@pytest.mark.parametrize("architectures", ["7.5", "8.0;Volta", "7.0 9.0"])
+def test_architectures_before_8_0_are_an_error(architectures: str) -> None:
+    script = (
+        "import setuptools; setuptools.setup = lambda **k: None; g = {'__name__': 'setup', "
+        "'__file__': 'setup.py'}; exec(compile(open('setup.py').read(), 'setup.py', 'exec'), g); "
+        "g['cuda_architectures']([])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "TORCH_CUDA_ARCH_LIST": architectures},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "the CUDA kernels need compute capability 8.0 or later" in result.stderr

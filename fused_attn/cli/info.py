@@ -59,7 +59,7 @@ def collect() -> dict[str, Any]:
             "missing": missing,
             "instruction_set": None if missing else _extension.cpu_instruction_set(),
             "compiled_for": [] if missing else _extension.compiled_instruction_sets(),
-            "cuda": None if missing else (_extension.cuda_unavailable_reason() or "built"),
+            "cuda": None if missing else _cuda_kernels(),
         },
         "backends": {
             device: {name: unavailable_reason(name, device) for name in BACKENDS}
@@ -67,6 +67,12 @@ def collect() -> dict[str, Any]:
         },
         "ops": {op: {name: name in op_backends(op) for name in BACKENDS} for op in OPS},
     }
+
+
+def _cuda_kernels() -> str:
+    """Architectures that they were compiled for, or why there are none."""
+    reason = _extension.cuda_unavailable_reason()
+    return reason or f"built for {torch.ops.fused_attn_C.cuda_architectures()}"
 
 
 def _as_text(found: dict[str, Any]) -> str:

@@ -39,6 +39,12 @@ def test_json_tells_versions_hardware_and_every_backend(
     assert all(has["reference"] for has in found["ops"].values())
 
 
+@pytest.fixture(autouse=True)
+def as_a_user_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the library of the tests, which executes CUDA kernels on the CPU."""
+    monkeypatch.setattr(_extension, "load_cuda_host", lambda: "runs on cuda tensors only, got cpu")
+
+
 def test_text_has_a_line_for_each_op_and_says_which_kernels_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
