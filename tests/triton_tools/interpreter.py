@@ -6,6 +6,9 @@ the hardware does. Also, the interpreter calls the result of comparing scalars a
 triton 3.9 then refuses as a mask; and triton 3.6 turns one-element arrays into integers in a way
 that numpy 2.4 refuses.
 
+And the interpreter replaces the language's functions at every call of a function inside a kernel,
+which takes up to half of the time. Here it does so once a launch.
+
 Interpreter state is global to the process; apply the repair once, before any kernel runs.
 """
 
@@ -40,12 +43,18 @@ def bf16_bits(values: np.ndarray) -> np.ndarray:
 
 
 def repair() -> None:
-    """Replace the interpreter's conversions, binary operations and dot where bf16 takes part."""
+    """Replace the interpreter's conversions, binary operations and dot where bf16 takes part.
+
+    And have it replace the language's functions once a launch.
+    """
     plain_cast = InterpreterBuilder.cast_impl
     plain_float_to_float = InterpreterBuilder.create_fp_to_fp
     plain_binary = InterpreterBuilder.binary_op
     plain_dot = InterpreterBuilder.create_dot
     plain_patch_tensor = interpreter._patch_lang_tensor
+    plain_patch = interpreter._patch_lang
+    # By their globals: the modules that see a patched language in the present launch.
+    patched: set[int] = set()
 
     def convert(
         self: InterpreterBuilder, source: TensorHandle, target: Any, otherwise: Callable[[], Any]
@@ -89,9 +98,27 @@ def repair() -> None:
         plain_patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def patch(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in patched:
+            return None
+        scope = plain_patch(function)
+        if not patched:
+            # The launch's: the scopes of calls inside it are dropped.
+            plain_restore = scope.restore
+
+            def restore() -> None:
+                patched.clear()
+                plain_restore()
+
+            scope.restore = restore
+        patched.add(module)
+        return scope
+
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_fp_to_fp = float_to_float
     InterpreterBuilder.binary_op = binary
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.get_bf16 = constant
     interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang = patch
