@@ -40,9 +40,10 @@ DecodeCudaTensor unpack(const Tensor& tensor, Tensor& keep_alive) {
 
 template <typename T>
 void launch_dtype(const DecodeAttentionCuda& p, cudaStream_t stream) {
-  if (p.value_size <= 64)
+  const int widest = std::max(p.head_size, p.value_size);
+  if (widest <= 64)
     decode_attention_cuda<T, 64>(p, stream);
-  else if (p.value_size <= 128)
+  else if (widest <= 128)
     decode_attention_cuda<T, 128>(p, stream);
   else
     decode_attention_cuda<T, 256>(p, stream);

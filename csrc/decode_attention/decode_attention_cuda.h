@@ -66,8 +66,8 @@ struct DecodeAttentionCuda {
 constexpr int kDecodeCudaProductQueries = 16;  // of half precision, as a matrix product takes
 constexpr int kDecodeCudaFp32Queries = 8;
 
-// kValueDim is value_size rounded up to 64, 128 or 256.
-template <typename T, int kValueDim>
+// kHeadDim is the larger of head_size and value_size rounded up to 64, 128 or 256.
+template <typename T, int kHeadDim>
 void decode_attention_cuda(const DecodeAttentionCuda& p, cudaStream_t stream);
 
 }  // namespace fused_attn

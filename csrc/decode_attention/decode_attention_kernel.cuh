@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cfloat>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -39,8 +40,8 @@ template <typename T>
 constexpr int kKeys = sizeof(T) == 2 ? 16 : 8;
 
 // Steps under way, the one that is computed included.
-template <int kValueDim>
-constexpr int kStages = kValueDim == 256 ? 2 : 3;
+template <int kHeadDim>
+constexpr int kStages = kHeadDim == 256 ? 2 : 3;
 
 // Bytes of a row of keys or queries in shared memory: whole lines of 128.
 template <typename T>
@@ -48,15 +49,15 @@ __host__ __device__ constexpr int row_bytes(int width) {
   return (width * static_cast<int>(sizeof(T)) + 127) / 128 * 128;
 }
 
-template <typename T, int kValueDim>
+template <typename T, int kHeadDim>
 __host__ __device__ constexpr int stage_bytes(int head_size) {
-  return kKeys<T> * (row_bytes<T>(head_size) + row_bytes<T>(kValueDim));
+  return kKeys<T> * (row_bytes<T>(head_size) + row_bytes<T>(kHeadDim));
 }
 
-template <typename T, int kQueries, int kValueDim>
+template <typename T, int kQueries, int kHeadDim>
 __host__ __device__ constexpr int shared_bytes(int head_size) {
   return kQueries * row_bytes<T>(head_size) +
-         kWarps * kStages<kValueDim> * stage_bytes<T, kValueDim>(head_size);
+         kWarps * kStages<kHeadDim> * stage_bytes<T, kHeadDim>(head_size);
 }
 
 // Where chunk `chunk` of row `row` lies, so that the chunks that are read at once, eight rows of one
@@ -69,6 +70,11 @@ __device__ inline int place(int row, int chunk, int bytes) {
 
 // --- queries of a block -------------------------------------------------------------------------
 
+struct Range {
+  int first;
+  int last;
+};
+
 struct Query {
   int64_t index;   // in [rows, heads, queries]; -1: there is none
   int64_t offset;  // in q
@@ -78,12 +84,6 @@ struct Query {
   int position;
   int beam;  // among those of the block; 0 for all where there is no ancestry
   float slope;
-};
-
-// The keys of a beam that any of its queries in the block may look at.
-struct Range {
-  int first;
-  int last;
 };
 
 __device__ inline int row_length(const DecodeAttentionCuda& p, int row) {
@@ -103,6 +103,8 @@ struct Block {
   int beams;  // that its queries are of; 1 where there is no ancestry
 };
 
+__device__ inline uint32_t all_beams(const Block& block) { return (1u << block.beams) - 1; }
+
 template <int kQueries>
 __device__ inline Block locate_block(const DecodeAttentionCuda& p) {
   const int group = p.heads / p.kv_heads;
@@ -121,6 +123,18 @@ __device__ inline Block locate_block(const DecodeAttentionCuda& p) {
   const int last_beam = (min(block.first_query + kQueries, total) - 1) / in_a_row;
   block.beams = p.ancestry == nullptr ? 1 : last_beam - block.first_beam + 1;
   return block;
+}
+
+// The keys that every query of the block looks at.
+template <int kQueries>
+__device__ inline Range common_range(const Query* queries) {
+  Range range{0, INT_MAX};
+  for (int i = 0; i < kQueries; ++i) {
+    if (queries[i].index < 0) continue;
+    range.first = max(range.first, queries[i].first);
+    range.last = min(range.last, queries[i].last);
+  }
+  return range;
 }
 
 __device__ inline Query make_query(const DecodeAttentionCuda& p, const Block& block, int i) {
@@ -145,7 +159,7 @@ __device__ inline Query make_query(const DecodeAttentionCuda& p, const Block& bl
   return query;
 }
 
-// Queries, the ranges of their beams, and the queries' vectors in shared memory, zeros where there
+// Queries, the ranges of keys that any query of a beam looks at, and the queries' vectors in shared memory, zeros where there
 // is no query. Ends with a barrier.
 template <typename T, int kQueries>
 __device__ inline void load_queries(const DecodeAttentionCuda& p, const Block& block,
@@ -189,17 +203,28 @@ __device__ inline void load_queries(const DecodeAttentionCuda& p, const Block& b
 // What is known of a step when its keys are asked for.
 template <typename T>
 struct StepInfo {
-  int base;              // the first key's position
+  int base;                  // the first key's position
+  bool is_whole;             // all keys are loaded, and all beams of the block look at them
   uint32_t beams[kKeys<T>];  // of the block, that look at each key; 0: not loaded
 };
 
-template <typename T, int kValueDim>
+template <typename T, int kHeadDim>
 class KeySteps {
  public:
   __device__ KeySteps(const DecodeAttentionCuda& p, const Block& block, const Range* ranges,
                       unsigned char* stages, StepInfo<T>* infos)
       : p_(p), block_(block), ranges_(ranges), stages_(stages), infos_(infos) {
     lane_ = static_cast<int>(threadIdx.x) % kWarp;
+    all_beams_ = all_beams(block);
+    is_aligned_ = p.k.is_aligned && p.v.is_aligned;
+    k_bytes_ = row_bytes<T>(p.head_size);
+    v_bytes_ = row_bytes<T>(p.value_size);
+    const int column = lane_ % kLanes * kChunk<T>;
+    const int64_t row = p.ancestry == nullptr ? block.family : 0;
+    k_head_ = static_cast<const T*>(p.k.data) + block.kv_head * p.k.stride_head +
+              row * p.k.stride_row + column;
+    v_head_ = static_cast<const T*>(p.v.data) + block.kv_head * p.v.stride_head +
+              row * p.v.stride_row + column;
     int first = p.keys, last = 0;
     for (int beam = 0; beam < block.beams; ++beam) {
       first = min(first, ranges[beam].first);
@@ -217,14 +242,22 @@ class KeySteps {
     int row = -1;
     if (next(beams, row)) {
       const int key = lane_ % kKeys<T>;
+      const bool is_whole = __all_sync(kFullMask, beams == all_beams_) != 0;
       if (lane_ < kKeys<T>) infos_[stage_].beams[key] = beams;
-      if (lane_ == 0) infos_[stage_].base = base_;
-      unsigned char* k = stages_ + stage_ * stage_bytes<T, kValueDim>(p_.head_size);
-      load(p_.k, p_.head_size, row_bytes<T>(p_.head_size), row, k);
-      load(p_.v, p_.value_size, row_bytes<T>(kValueDim), row,
-           k + kKeys<T> * row_bytes<T>(p_.head_size));
+      if (lane_ == 0) {
+        infos_[stage_].base = base_;
+        infos_[stage_].is_whole = is_whole;
+      }
+      unsigned char* k = stages_ + stage_ * stage_bytes<T, kHeadDim>(p_.head_size);
+      unsigned char* v = k + kKeys<T> * k_bytes_;
+      if (is_aligned_) {
+        copy(row, ptx::shared_address(k), ptx::shared_address(v));
+      } else {
+        load(p_.k, p_.head_size, k_bytes_, row, k);
+        load(p_.v, p_.value_size, row_bytes<T>(kHeadDim), row, v);
+      }
       ++filled_;
-      stage_ = stage_ + 1 == kStages<kValueDim> ? 0 : stage_ + 1;
+      stage_ = stage_ + 1 == kStages<kHeadDim> ? 0 : stage_ + 1;
     }
     ptx::cp_async_commit();
   }
@@ -276,35 +309,62 @@ class KeySteps {
            static_cast<int>(max(int64_t{0}, min(parent, last)));
   }
 
-  // Eight lanes a row; zeros where there is no key and behind the width.
+  // Eight lanes a row, four rows at a time; zeros where there is no key and behind the width.
+  static constexpr int kLanes = 8;
+  static constexpr int kRows = kWarp / kLanes;
+
+  // Matrix products take 16 columns at a time.
+  static __device__ int chunks(int width) { return (width + 15) / 16 * 16 / kChunk<T>; }
+
+  // Chunks of 16 bytes, asynchronously.
+  __device__ void copy(int row, uint32_t k, uint32_t v) const {
+    const int column = lane_ % kLanes * kChunk<T>;
+    const int64_t position = base_ + lane_ / kLanes;
+    const T* k_from = k_head_ + position * p_.k.stride_position;
+    const T* v_from = v_head_ + position * p_.v.stride_position;
+#pragma unroll
+    for (int first = 0; first < kKeys<T>; first += kRows) {
+      const int key = first + lane_ / kLanes;
+      const int key_row = __shfl_sync(kFullMask, row, key);
+      const int64_t ancestor_row = p_.ancestry == nullptr ? 0 : max(key_row, 0);
+      copy_row(k_from + ancestor_row * p_.k.stride_row, key_row < 0 ? 0 : p_.head_size - column,
+               k_bytes_, k + place<T>(key, lane_ % kLanes, k_bytes_));
+      copy_row(v_from + ancestor_row * p_.v.stride_row, key_row < 0 ? 0 : p_.value_size - column,
+               v_bytes_, v + place<T>(key, lane_ % kLanes, row_bytes<T>(kHeadDim)));
+      k_from += kRows * p_.k.stride_position;
+      v_from += kRows * p_.v.stride_position;
+    }
+  }
+
+  // The lane's chunk of each line.
+  static __device__ void copy_row(const T* from, int width, int bytes, uint32_t to) {
+    constexpr int kLine = kLanes * kChunk<T>;
+#pragma unroll
+    for (int line = 0; line < row_bytes<T>(kHeadDim) / 128; ++line)
+      if (line * 128 < bytes)
+        ptx::cp_async16(to + line * 128, from + line * kLine, width > line * kLine);
+  }
+
+  // Element by element.
   __device__ void load(const DecodeCudaTensor& tensor, int width, int bytes, int row,
                        unsigned char* to) const {
-    constexpr int kLanes = 8;
     const T* head = static_cast<const T*>(tensor.data) + block_.kv_head * tensor.stride_head;
-    // Matrix products take 16 columns at a time.
-    const int chunks = (width + 15) / 16 * 16 / kChunk<T>;
-#pragma unroll
-    for (int first = 0; first < kKeys<T>; first += kWarp / kLanes) {
+#pragma unroll 1
+    for (int first = 0; first < kKeys<T>; first += kRows) {
       const int key = first + lane_ / kLanes;
       const int key_row = __shfl_sync(kFullMask, row, key);
       const bool exists = key_row >= 0;
       const T* from = head;
-      if (exists) from += key_row * tensor.stride_row + (base_ + key) * tensor.stride_position;
-      for (int chunk = lane_ % kLanes; chunk < chunks; chunk += kLanes) {
-        unsigned char* place_of_chunk = to + place<T>(key, chunk, bytes);
+      if (exists)
+        from += key_row * tensor.stride_row + (base_ + key) * tensor.stride_position;
+#pragma unroll 1
+      for (int chunk = lane_ % kLanes; chunk < chunks(width); chunk += kLanes) {
         const int begin = chunk * kChunk<T>;
-        const bool is_inside = exists && begin < width;
-        if (tensor.is_aligned) {
-          ptx::cp_async16(ptx::shared_address(place_of_chunk), is_inside ? from + begin : head,
-                          is_inside);
-        } else {
-          Pack<T, kChunk<T>> pack;
+        Pack<T, kChunk<T>> pack;
 #pragma unroll
-          for (int e = 0; e < kChunk<T>; ++e)
-            pack.element[e] =
-                exists && begin + e < width ? from[begin + e] : from_float<T>(0.0f);
-          store_pack(reinterpret_cast<T*>(place_of_chunk), pack);
-        }
+        for (int e = 0; e < kChunk<T>; ++e)
+          pack.element[e] = exists && begin + e < width ? from[begin + e] : from_float<T>(0.0f);
+        store_pack(reinterpret_cast<T*>(to + place<T>(key, chunk, bytes)), pack);
       }
     }
   }
@@ -315,6 +375,12 @@ class KeySteps {
   unsigned char* stages_;
   StepInfo<T>* infos_;
   int lane_;
+  uint32_t all_beams_;
+  bool is_aligned_;
+  int k_bytes_;        // of a row in shared memory
+  int v_bytes_;        // those of them that are used
+  const T* k_head_;  // the lane's first chunk of the first key, of the first row if they differ
+  const T* v_head_;
   int begin_;
   int end_;
   int base_;
@@ -346,8 +412,8 @@ struct RowSum {
 };
 
 // Merges what the warps leave in shared memory, `sums` [kWarps, kQueries] and `outputs`
-// [kWarps, kQueries, kValueDim], and stores the block's queries. Begins with a barrier.
-template <typename T, int kQueries, int kValueDim>
+// [kWarps, kQueries, kHeadDim], and stores the block's queries. Begins with a barrier.
+template <typename T, int kQueries, int kHeadDim>
 __device__ inline void store_block(const DecodeAttentionCuda& p, const Block& block,
                                    const Query* queries, RowSum* sums, const float* outputs) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -384,7 +450,7 @@ __device__ inline void store_block(const DecodeAttentionCuda& p, const Block& bl
     float value = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp)
-      value += outputs[(warp * kQueries + row) * kValueDim + column] *
+      value += outputs[(warp * kQueries + row) * kHeadDim + column] *
                sums[warp * kQueries + row].peak;
     return value;
   };
@@ -424,12 +490,12 @@ __device__ inline void store_block(const DecodeAttentionCuda& p, const Block& bl
 
 // 16 queries and 16 keys a step: logits are two tiles of 16 x 8, of which a thread holds two
 // neighbouring columns of two rows.
-template <typename T, int kValueDim>
-__global__ void __launch_bounds__(kThreads, kValueDim == 256 ? 1 : (kValueDim == 128 ? 3 : 4))
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kHeadDim == 256 ? 1 : 3)
     product_kernel(const __grid_constant__ DecodeAttentionCuda p) {
   constexpr int kQueries = 16;
-  constexpr int kColumns = kValueDim / 8;  // tiles of the output
-  constexpr int kSteps = kStages<kValueDim>;
+  constexpr int kColumns = kHeadDim / 8;  // tiles of the output
+  constexpr int kSteps = kStages<kHeadDim>;
   SHARED(Query, queries, [kQueries]);
   SHARED(Range, ranges, [kQueries]);
   SHARED(RowSum, sums, [kWarps * kQueries]);
@@ -441,65 +507,92 @@ __global__ void __launch_bounds__(kThreads, kValueDim == 256 ? 1 : (kValueDim ==
   load_queries<T, kQueries>(p, block, queries, ranges, shared_q);
 
   const int key_bytes = row_bytes<T>(p.head_size);
-  constexpr int kValueBytes = row_bytes<T>(kValueDim);
-  const int bytes = stage_bytes<T, kValueDim>(p.head_size);
+  constexpr int kValueBytes = row_bytes<T>(kHeadDim);
+  const int bytes = stage_bytes<T, kHeadDim>(p.head_size);
   unsigned char* const stages = shared_q + kQueries * key_bytes + warp * kSteps * bytes;
   StepInfo<T>* const warp_infos = infos + warp * kSteps;
-  KeySteps<T, kValueDim> steps(p, block, ranges, stages, warp_infos);
-#pragma unroll
-  for (int i = 0; i + 1 < kSteps; ++i) steps.fill();
+  KeySteps<T, kHeadDim> steps(p, block, ranges, stages, warp_infos);
 
   const int rows[2] = {lane / 4, lane / 4 + 8};
-  // Of the four matrices that a lane names a row of: its row, and the column of the second pair.
-  const int matrix_row = lane % 8 + (lane / 8 % 2) * 8;
-  const uint32_t all_beams = block.beams == 32 ? ~0u : (1u << block.beams) - 1;
+  // Of the four matrices that a lane names a row of: its row and, of 16 bytes, its column.
+  const int first_row = lane % 8 + lane / 8 % 2 * 8, first_column = lane / 16;
+  const int second_row = lane % 8 + lane / 16 * 8, second_column = lane / 8 % 2;
+  const Range common = common_range<kQueries>(queries);
+  const bool is_plain = p.softcap == 0.0f && p.alibi_slopes == nullptr && p.mask == nullptr;
+  const uint32_t every_beam = all_beams(block);
   float peak[2] = {-INFINITY, -INFINITY};
   float total[2] = {};
   float acc[kColumns][4] = {};
   int stage = 0;
-  for (int step = 0; step < steps.filled(); ++step) {
-    ptx::cp_async_wait<kSteps - 2>();
-    __syncwarp();
+  for (int step = 1 - kSteps; step < 0 || step < steps.filled(); ++step) {
+    if (step >= 0) {
+      ptx::cp_async_wait<kSteps - 2>();
+      __syncwarp();
+    }
     steps.fill();
+    if (step < 0) continue;
     unsigned char* const k = stages + stage * bytes;
     unsigned char* const v = k + kKeys<T> * key_bytes;
     const StepInfo<T>& info = warp_infos[stage];
     stage = stage + 1 == kSteps ? 0 : stage + 1;
 
     float logits[2][4] = {};
-    for (int begin = 0; begin < p.head_size; begin += 16) {
-      uint32_t a[4], b[4];
-      const int chunk = begin / 8;
-      ptx::ldmatrix_x4(a, ptx::shared_address(
-                              shared_q + place<T>(matrix_row, chunk + lane / 16, key_bytes)));
-      const int key_row = lane % 8 + lane / 16 * 8;
-      ptx::ldmatrix_x4(
-          b, ptx::shared_address(k + place<T>(key_row, chunk + lane / 8 % 2, key_bytes)));
-      ptx::mma_m16n8k16<T>(logits[0], a, b[0], b[1]);
-      ptx::mma_m16n8k16<T>(logits[1], a, b[2], b[3]);
+    const uint32_t q_address =
+        ptx::shared_address(shared_q + place<T>(first_row, first_column, key_bytes));
+    const uint32_t k_address =
+        ptx::shared_address(k + place<T>(second_row, second_column, key_bytes));
+#pragma unroll
+    for (int line = 0; line < row_bytes<T>(kHeadDim); line += 128) {
+#pragma unroll
+      for (int i = 0; i < 128; i += 32) {  // 16 columns
+        if (line + i >= p.head_size * static_cast<int>(sizeof(T))) break;
+        uint32_t a[4], b[4];
+        // The bits of the column are where the row's were mixed in.
+        ptx::ldmatrix_x4(a, (q_address ^ i) + line);
+        ptx::ldmatrix_x4(b, (k_address ^ i) + line);
+        ptx::mma_m16n8k16<T>(logits[0], a, b[0], b[1]);
+        ptx::mma_m16n8k16<T>(logits[1], a, b[2], b[3]);
+      }
     }
 
     // Which of the thread's four keys any query looks at; which are of some beams alone.
-    uint32_t visible = 0;
+    uint32_t visible = 0xFFFF;
     bool is_shared = true;
     float largest[2] = {peak[0], peak[1]};
+    const bool is_simple = is_plain && info.is_whole && info.base >= common.first &&
+                           info.base + kKeys<T> <= common.last;
+    if (is_simple) {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
+      for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = tile * 8 + lane % 4 * 2 + e;
-        const uint32_t beams = info.beams[column];
-        is_shared = is_shared && (beams == 0 || beams == all_beams);
-        bool is_visible = false;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& logit = logits[tile][half * 2 + e];
-          logit = finish_logit(p, queries[rows[half]], logit, info.base + column, beams, is_visible);
-          largest[half] = fmaxf(largest[half], logit);
+        for (int i = 0; i < 4; ++i) {
+          logits[tile][i] *= p.scale;
+          largest[i / 2] = fmaxf(largest[i / 2], logits[tile][i]);
         }
-        // A row that was not loaded is zero.
-        if (is_visible || beams == 0) visible |= 1u << column;
-      }
+    } else {
+      visible = 0;
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = tile * 8 + lane % 4 * 2 + e;
+          const uint32_t beams = info.beams[column];
+          is_shared = is_shared && (beams == 0 || beams == every_beam);
+          bool is_visible = false;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& logit = logits[tile][half * 2 + e];
+            logit =
+                finish_logit(p, queries[rows[half]], logit, info.base + column, beams, is_visible);
+            largest[half] = fmaxf(largest[half], logit);
+          }
+          // A row that was not loaded is zero.
+          if (is_visible || beams == 0) visible |= 1u << column;
+        }
+#pragma unroll
+      for (int offset = 1; offset < kWarp; offset *= 2)
+        visible |= __shfl_xor_sync(kFullMask, visible, offset);
+      is_shared = __all_sync(kFullMask, is_shared) != 0;
     }
     float shift[2];
 #pragma unroll
@@ -531,9 +624,6 @@ __global__ void __launch_bounds__(kThreads, kValueDim == 256 ? 1 : (kValueDim ==
       }
 
     // Values that no query looks at become zero: 0 * NaN would be NaN.
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2)
-      visible |= __shfl_xor_sync(kFullMask, visible, offset);
     if (visible != 0xFFFF) {
       for (int key = 0; key < kKeys<T>; ++key) {
         if (visible >> key & 1) continue;
@@ -545,7 +635,8 @@ __global__ void __launch_bounds__(kThreads, kValueDim == 256 ? 1 : (kValueDim ==
     }
     // Likewise values that other beams look at, if they are no numbers.
     bool has_special = false;
-    if (__any_sync(kFullMask, !is_shared)) {
+    if (!is_shared) {
+#pragma unroll 1
       for (int i = lane; i < kKeys<T> * ((p.value_size + 7) / 8); i += kWarp) {
         const int key = i % kKeys<T>, chunk = i / kKeys<T>;
         const auto pack =
@@ -584,12 +675,13 @@ __global__ void __launch_bounds__(kThreads, kValueDim == 256 ? 1 : (kValueDim ==
     const uint32_t a[4] = {pack2<T>(logits[0][0], logits[0][1]), pack2<T>(logits[0][2], logits[0][3]),
                            pack2<T>(logits[1][0], logits[1][1]),
                            pack2<T>(logits[1][2], logits[1][3])};
+    const uint32_t v_address =
+        ptx::shared_address(v + place<T>(first_row, first_column, kValueBytes));
 #pragma unroll
     for (int i = 0; i < kColumns; i += 2) {
       if (i * 8 < p.value_size) {
         uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b, ptx::shared_address(
-                                      v + place<T>(matrix_row, i + lane / 16, kValueBytes)));
+        ptx::ldmatrix_x4_trans(b, (v_address ^ (i % 8 * 16)) + i / 8 * 128);
         ptx::mma_m16n8k16<T>(acc[i], a, b[0], b[1]);
         ptx::mma_m16n8k16<T>(acc[i + 1], a, b[2], b[3]);
       }
@@ -610,21 +702,21 @@ __global__ void __launch_bounds__(kThreads, kValueDim == 256 ? 1 : (kValueDim ==
   for (int i = 0; i < kColumns; ++i)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      store_pack(outputs + (warp * kQueries + rows[half]) * kValueDim + i * 8 + lane % 4 * 2,
+      store_pack(outputs + (warp * kQueries + rows[half]) * kHeadDim + i * 8 + lane % 4 * 2,
                  Pack<float, 2>{acc[i][half * 2], acc[i][half * 2 + 1]});
-  store_block<T, kQueries, kValueDim>(p, block, queries, sums, outputs);
+  store_block<T, kQueries, kHeadDim>(p, block, queries, sums, outputs);
 }
 
 // --- fp32 ---------------------------------------------------------------------------------------
 
 // 8 keys a step. Four lanes multiply a key, each a quarter of its chunks, with all queries; then each
-// lane computes the weights of its key for a quarter of the queries; then it holds kValueDim / 32
+// lane computes the weights of its key for a quarter of the queries; then it holds kHeadDim / 32
 // columns of the output.
-template <int kQueries, int kValueDim>
-__global__ void __launch_bounds__(kThreads, kQueries == 8 || kValueDim == 256 ? 2 : 4)
+template <int kQueries, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kQueries == 8 || kHeadDim == 256 ? 2 : 4)
     fp32_kernel(const __grid_constant__ DecodeAttentionCuda p) {
-  constexpr int kSteps = kStages<kValueDim>;
-  constexpr int kColumns = kValueDim / kWarp;
+  constexpr int kSteps = kStages<kHeadDim>;
+  constexpr int kColumns = kHeadDim / kWarp;
   constexpr int kPack = kColumns < 4 ? kColumns : 4;
   constexpr int kOwn = (kQueries + 3) / 4;
   constexpr int kStepKeys = kKeys<float>;
@@ -640,19 +732,17 @@ __global__ void __launch_bounds__(kThreads, kQueries == 8 || kValueDim == 256 ? 
   load_queries<float, kQueries>(p, block, queries, ranges, shared_q);
 
   const int key_bytes = row_bytes<float>(p.head_size);
-  constexpr int kValueBytes = row_bytes<float>(kValueDim);
-  const int bytes = stage_bytes<float, kValueDim>(p.head_size);
+  constexpr int kValueBytes = row_bytes<float>(kHeadDim);
+  const int bytes = stage_bytes<float, kHeadDim>(p.head_size);
   unsigned char* const stages = shared_q + kQueries * key_bytes + warp * kSteps * bytes;
   StepInfo<float>* const warp_infos = infos + warp * kSteps;
   float* const warp_weights = weights + warp * kStepKeys * kQueries;  // [kStepKeys, kQueries]
-  KeySteps<float, kValueDim> steps(p, block, ranges, stages, warp_infos);
-#pragma unroll
-  for (int i = 0; i + 1 < kSteps; ++i) steps.fill();
+  KeySteps<float, kHeadDim> steps(p, block, ranges, stages, warp_infos);
 
   const int part = lane % 4;
   const int own_key = lane / 4;
   const int chunks = (p.head_size + 15) / 16 * 4;
-  const uint32_t all_beams = (1u << block.beams) - 1;
+  const uint32_t every_beam = all_beams(block);
   float peak[kOwn], total[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
@@ -661,10 +751,13 @@ __global__ void __launch_bounds__(kThreads, kQueries == 8 || kValueDim == 256 ? 
   }
   float acc[kQueries][kColumns] = {};
   int stage = 0;
-  for (int step = 0; step < steps.filled(); ++step) {
-    ptx::cp_async_wait<kSteps - 2>();
-    __syncwarp();
+  for (int step = 1 - kSteps; step < 0 || step < steps.filled(); ++step) {
+    if (step >= 0) {
+      ptx::cp_async_wait<kSteps - 2>();
+      __syncwarp();
+    }
     steps.fill();
+    if (step < 0) continue;
     unsigned char* const k = stages + stage * bytes;
     unsigned char* const v = k + kStepKeys * key_bytes;
     const StepInfo<float>& info = warp_infos[stage];
@@ -752,7 +845,7 @@ __global__ void __launch_bounds__(kThreads, kQueries == 8 || kValueDim == 256 ? 
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
         // Nor are those of other beams.
-        if (beams != all_beams && (beams >> queries[q].beam & 1) == 0) continue;
+        if (beams != every_beam && (beams >> queries[q].beam & 1) == 0) continue;
         const float weight = warp_weights[key * kQueries + q];
 #pragma unroll
         for (int column = 0; column < kColumns; ++column) acc[q][column] += weight * value[column];
@@ -779,11 +872,11 @@ __global__ void __launch_bounds__(kThreads, kQueries == 8 || kValueDim == 256 ? 
       Pack<float, kPack> pack;
 #pragma unroll
       for (int e = 0; e < kPack; ++e) pack.element[e] = acc[q][i + e];
-      store_pack(outputs + (warp * kQueries + q) * kValueDim + i / kPack * kWarp * kPack +
+      store_pack(outputs + (warp * kQueries + q) * kHeadDim + i / kPack * kWarp * kPack +
                      lane * kPack,
                  pack);
     }
-  store_block<float, kQueries, kValueDim>(p, block, queries, sums, outputs);
+  store_block<float, kQueries, kHeadDim>(p, block, queries, sums, outputs);
 }
 
 // --- merge of splits ------------------------------------------------------------------------------
