@@ -328,18 +328,19 @@ __device__ __forceinline__ const uint32_t* block_bits(const AttentionCall& call,
   return call.blocks.bits + static_cast<int64_t>(kind - 2) * kWords;
 }
 
-// Hyperbolic tangent and its derivative in terms of e^-2|x|, in which neither cancels near 1.
-__device__ __forceinline__ void tanh_and_derivative(float x, bool exact, float& result,
-                                                    float& derivative) {
+// Hyperbolic tangent and its derivative, to a few units in the last place, near 0 and 1 too. The
+// polynomial is that of Cephes (Moshier).
+__device__ __forceinline__ void tanh_and_derivative(float x, float& result, float& derivative) {
+  const float z = x * x;
+  float p = -5.70498872745e-3f * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  // e^-2|x|, in whose terms neither cancels near 1.
   const float e = ptx::exp2_approx(fabsf(x) * (-2.0f * kLog2E));
   const float over = 1.0f / (1.0f + e);
-  const float size = 1.0f - 2.0f * e * over;
-  result = x < 0.0f ? -size : size;
   derivative = 4.0f * e * over * over;
-  const float y = x * x;
-  // Near 0 a continued fraction.
-  if (exact && y < 0.5f)
-    result = x / (1.0f + y / (3.0f + y / (5.0f + y / (7.0f + y / (9.0f + y / 11.0f)))));
+  result = z < 0.390625f ? p * z * x + x : copysignf(1.0f - 2.0f * e * over, x);
 }
 
 // From q · k: the logits of four pairs, and the derivatives of the soft-cap.
@@ -353,7 +354,7 @@ __device__ __forceinline__ void logits(const AttentionCall& call, const HeadPair
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       float bounded;
-      tanh_and_derivative(x[e] * inner, call.exact, bounded, derivative[e]);
+      tanh_and_derivative(x[e] * inner, bounded, derivative[e]);
       x[e] = bounded * (call.softcap * unit);
     }
   } else {

@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for case in op_cases(suite.op):
                 if case.kind == "benchmark" or (kind == "typical_case" and case.kind != "typical"):
                     continue
-                if kind != "case" and (backend, case.name) in suite.refusals:
+                if kind != "case" and not suite.runnable_dtypes(backend, case):
                     continue
                 label = f"{device}-{backend}-{case.name}"
                 if kind != "case":

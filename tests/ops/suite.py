@@ -4,12 +4,13 @@
         op = "attention"
 
 `tests/ops/conftest.py` parametrises them: on the CPU always, on a GPU as well where there is one.
-A backend that refuses a case must be announced in `refusals`; nothing is skipped in silence.
+A backend that refuses a case must be announced in `refusals`, or in `refused_dtypes`; nothing is
+skipped in silence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -27,11 +28,23 @@ class OpSuite:
     op: ClassVar[str]
     refusals: ClassVar[frozenset[tuple[str, str]]] = frozenset()
     """(backend, case) pairs that the backend says it cannot run; exactly these refuse."""
+    refused_dtypes: ClassVar[Mapping[str, tuple[torch.dtype, ...]]] = {}
+    """By backend, dtypes in which it says that it cannot run any case."""
+
+    @classmethod
+    def refuses(cls, backend: str, case: Case, dtype: torch.dtype) -> bool:
+        """Whether the backend is announced to refuse the case."""
+        return (backend, case.name) in cls.refusals or dtype in cls.refused_dtypes.get(backend, ())
+
+    @classmethod
+    def runnable_dtypes(cls, backend: str, case: Case) -> list[torch.dtype]:
+        """The case's dtypes without those that the backend refuses."""
+        return [dtype for dtype in case.dtypes if not cls.refuses(backend, case, dtype)]
 
     def test_matches_the_oracle(
         self, case: Case, dtype: torch.dtype, backend: str, device: str
     ) -> None:
-        if (backend, case.name) in self.refusals:
+        if self.refuses(backend, case, dtype):
             with pytest.raises(NotImplementedError, match=f"backend '{backend}' cannot run"):
                 run_case(case, case_inputs(case, dtype, device), backend)
             return
@@ -43,7 +56,7 @@ class OpSuite:
     def test_repeats_bit_for_bit_from_poisoned_buffers(
         self, runnable_case: Case, backend: str, device: str
     ) -> None:
-        dtype = runnable_case.dtypes[0]
+        dtype = self.runnable_dtypes(backend, runnable_case)[0]
         inputs = case_inputs(runnable_case, dtype, device)
         first = run_case(runnable_case, inputs, backend)
         with poisoned_allocations():
@@ -53,7 +66,7 @@ class OpSuite:
             assert_bit_equal(name, tensor, second[name])
 
     def test_stays_inside_its_tensors(self, runnable_case: Case, backend: str, device: str) -> None:
-        dtype = runnable_case.dtypes[-1]
+        dtype = self.runnable_dtypes(backend, runnable_case)[-1]
         inputs = case_inputs(runnable_case, dtype, device)
         guarded, intact = with_guard_zones(inputs)
         expected = run_case(runnable_case, inputs, backend)
@@ -66,7 +79,7 @@ class OpSuite:
         allocations.assert_intact()
 
     def test_opcheck(self, typical_case: Case, backend: str, device: str) -> None:
-        dtype = typical_case.dtypes[0]
+        dtype = self.runnable_dtypes(backend, typical_case)[0]
         for inputs in (
             case_inputs(typical_case, dtype, device),
             permuted(case_inputs(typical_case, dtype, device)),
@@ -80,7 +93,7 @@ class OpSuite:
     def test_compiles_without_graph_breaks(
         self, typical_case: Case, backend: str, device: str
     ) -> None:
-        dtype = typical_case.dtypes[0]
+        dtype = self.runnable_dtypes(backend, typical_case)[0]
         inputs = case_inputs(typical_case, dtype, device)
         torch._dynamo.reset()
         compiled = torch.compile(
