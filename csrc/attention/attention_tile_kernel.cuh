@@ -186,8 +186,8 @@ __device__ __forceinline__ void store_rows(const float (&c)[kRowTiles][kHeadDim 
       const int r = n / TileT::kChunks;
       const int chunk = n % TileT::kChunks;
       if (first + r < limit && chunk * 8 < width)
-        store_pack(result + (first + r) * stride + chunk * 8,
-                   load_pack<8>(reinterpret_cast<const T*>(tile + TileT::offset(row + r, chunk))));
+        *reinterpret_cast<uint4*>(result + (first + r) * stride + chunk * 8) =
+            *reinterpret_cast<const uint4*>(tile + TileT::offset(row + r, chunk));
     }
     return;
   }
