@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -79,10 +79,24 @@ def missing() -> str:
     return ""
 
 
+def header_flags() -> list[str]:
+    """Where CUDA's headers are."""
+    return [f"-isystem{HOST / 'headers'}", f"-isystem{cuda_headers()}"]
+
+
 def include_flags() -> list[str]:
     """Folders of what kernels and tests of the rig include."""
-    headers = [f"-isystem{HOST / 'headers'}", f"-isystem{cuda_headers()}"]
-    return [f"-I{CSRC}", f"-I{HOST}", *headers]
+    return [f"-I{CSRC}", f"-I{HOST}", *header_flags()]
+
+
+def units(folder: Path, only: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
+    """The CUDA kernels' translation units, written to a folder: csrc/cuda_units.py."""
+    sys.path.insert(0, str(CSRC))
+    try:
+        from cuda_units import write_units
+    finally:
+        sys.path.remove(str(CSRC))
+    return write_units(folder, only)
 
 
 def build(flavour: str = "plain", ops: Sequence[str] = ()) -> Path:
@@ -187,11 +201,6 @@ def _run_ninja(name: str, lines: Sequence[str]) -> None:
 
 
 def _library_lines(flavour: str, ops: Sequence[str], folder: Path, library: Path) -> list[str]:
-    sys.path.insert(0, str(CSRC))
-    try:
-        from cuda_units import write_units
-    finally:
-        sys.path.remove(str(CSRC))
     torch_root = Path(torch.__file__).parent
     torch_flags = [
         f"-isystem{torch_root / 'include'}",
@@ -206,7 +215,7 @@ def _library_lines(flavour: str, ops: Sequence[str], folder: Path, library: Path
 
     kernel_flags = [*FLAVOURS[flavour], *KERNEL_FLAGS, *include_flags()]
     only = None if flavour == "plain" else _SANITIZED_UNITS
-    for unit in write_units(BUILD / "units", only):
+    for unit in units(BUILD / "units", only):
         if not ops or any(unit.name.startswith(f"{op}_cuda") for op in ops):
             compile(unit, folder / f"{unit.stem}.o", kernel_flags)
     compile(HOST / "library.cpp", folder / "library.o", [*kernel_flags, *torch_flags])

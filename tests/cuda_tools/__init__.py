@@ -1,0 +1,1 @@
+"""Tools for the CUDA kernels that need nvcc and no GPU."""
