@@ -41,7 +41,7 @@ constexpr int kKeys = sizeof(T) == 2 ? 16 : 8;
 
 // Steps under way, the one that is computed included.
 template <int kHeadDim>
-constexpr int kStages = kHeadDim == 256 ? 2 : 3;
+constexpr int kStages = kHeadDim == 64 ? 3 : 2;
 
 // Bytes of a row of keys or queries in shared memory: whole lines of 128.
 template <typename T>
