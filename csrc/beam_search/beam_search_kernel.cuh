@@ -56,8 +56,8 @@ __device__ inline uint32_t key_token(uint64_t key) {
 // A total as a key of its sentence: among equal totals the lower beam, then the better place in the
 // beam's own order.
 __device__ inline uint64_t make_rank_key(float total, int beam, int place) {
-  const uint32_t order = (0xFFFFu - static_cast<uint32_t>(beam)) << 16 |
-                         (0xFFFFu - static_cast<uint32_t>(place));
+  const uint32_t order =
+      (0xFFFFu - static_cast<uint32_t>(beam)) << 16 | (0xFFFFu - static_cast<uint32_t>(place));
   return (static_cast<uint64_t>(ordered_bits(total)) << 32) | order;
 }
 
@@ -65,7 +65,9 @@ __device__ inline int rank_key_beam(uint64_t key) {
   return 0xFFFF - static_cast<int>(key >> 16 & 0xFFFF);
 }
 
-__device__ inline int rank_key_place(uint64_t key) { return 0xFFFF - static_cast<int>(key & 0xFFFF); }
+__device__ inline int rank_key_place(uint64_t key) {
+  return 0xFFFF - static_cast<int>(key & 0xFFFF);
+}
 
 // --- the best of many -------------------------------------------------------------------------
 
@@ -179,8 +181,8 @@ __host__ __device__ constexpr int scan_capacity(int beams) {
   return beams + at_most(beams + 1) * kGroupTokens;
 }
 
-// E tokens from `token` on, of rows that begin anywhere: two aligned accesses, of which the second is
-// the next thread's first. They reach from up to E tokens before to E behind these.
+// E tokens from `token` on, of rows that begin anywhere: two aligned accesses, of which the second
+// is the next thread's first. They reach from up to E tokens before to E behind these.
 template <typename T, int E>
 __device__ inline Pack<T, E> load_shifted(const T* row, int token) {
   const int bytes = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16);
@@ -362,7 +364,8 @@ __device__ inline double log_sum_exp(const BeamSearchSum* sums, int64_t count) {
   SHARED(double, warp_sums, [kWarps]);
   const int thread = static_cast<int>(threadIdx.x);
   float reference = -FLT_MAX;
-  for (int64_t i = thread; i < count; i += kThreads) reference = fmaxf(reference, sums[i].reference);
+  for (int64_t i = thread; i < count; i += kThreads)
+    reference = fmaxf(reference, sums[i].reference);
   reference = warp_max(reference);
   if (thread % kWarp == 0) warp_references[thread / kWarp] = reference;
   __syncthreads();

@@ -5,8 +5,8 @@
 // come to shared memory once, for all queries of the block.
 //
 // With an ancestry a step's keys are pairs of a position and a row that some beams of the block
-// descend from: where the histories of beams have merged, that is one row for all of them. Positions
-// with several rows take as many steps.
+// descend from: where the histories of beams have merged, that is one row for all of them.
+// Positions with several rows take as many steps.
 #pragma once
 
 #include <cfloat>
@@ -60,8 +60,8 @@ __host__ __device__ constexpr int shared_bytes(int head_size) {
          kWarps * kStages<kHeadDim> * stage_bytes<T, kHeadDim>(head_size);
 }
 
-// Where chunk `chunk` of row `row` lies, so that the chunks that are read at once, eight rows of one
-// column or, in fp32, two rows of four, are in different banks.
+// Where chunk `chunk` of row `row` lies, so that the chunks that are read at once, eight rows of
+// one column or, in fp32, two rows of four, are in different banks.
 template <typename T>
 __device__ inline int place(int row, int chunk, int bytes) {
   const int swizzled = sizeof(T) == 2 ? chunk ^ (row & 7) : chunk ^ ((row & 1) << 2);
@@ -159,8 +159,8 @@ __device__ inline Query make_query(const DecodeAttentionCuda& p, const Block& bl
   return query;
 }
 
-// Queries, the ranges of keys that any query of a beam looks at, and the queries' vectors in shared memory, zeros where there
-// is no query. Ends with a barrier.
+// Queries, the ranges of keys that any query of a beam looks at, and the queries' vectors in shared
+// memory, zeros where there is no query. Ends with a barrier.
 template <typename T, int kQueries>
 __device__ inline void load_queries(const DecodeAttentionCuda& p, const Block& block,
                                     Query* queries, Range* ranges, unsigned char* shared_q) {
@@ -189,9 +189,8 @@ __device__ inline void load_queries(const DecodeAttentionCuda& p, const Block& b
     } else {
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e)
-        pack.element[e] = queries[row].index >= 0 && begin + e < p.head_size
-                              ? from[e]
-                              : from_float<T>(0.0f);
+        pack.element[e] =
+            queries[row].index >= 0 && begin + e < p.head_size ? from[e] : from_float<T>(0.0f);
     }
     store_pack(reinterpret_cast<T*>(shared_q + place<T>(row, i % chunks, bytes)), pack);
   }
@@ -305,8 +304,7 @@ class KeySteps {
     const int64_t parent = p_.ancestry_is_wide ? static_cast<const int64_t*>(p_.ancestry)[at]
                                                : static_cast<const int32_t*>(p_.ancestry)[at];
     const int64_t last = p_.beams - 1;
-    return block_.family * p_.beams +
-           static_cast<int>(max(int64_t{0}, min(parent, last)));
+    return block_.family * p_.beams + static_cast<int>(max(int64_t{0}, min(parent, last)));
   }
 
   // Eight lanes a row, four rows at a time; zeros where there is no key and behind the width.
@@ -355,8 +353,7 @@ class KeySteps {
       const int key_row = __shfl_sync(kFullMask, row, key);
       const bool exists = key_row >= 0;
       const T* from = head;
-      if (exists)
-        from += key_row * tensor.stride_row + (base_ + key) * tensor.stride_position;
+      if (exists) from += key_row * tensor.stride_row + (base_ + key) * tensor.stride_position;
 #pragma unroll 1
       for (int chunk = lane_ % kLanes; chunk < chunks(width); chunk += kLanes) {
         const int begin = chunk * kChunk<T>;
@@ -377,8 +374,8 @@ class KeySteps {
   int lane_;
   uint32_t all_beams_;
   bool is_aligned_;
-  int k_bytes_;        // of a row in shared memory
-  int v_bytes_;        // those of them that are used
+  int k_bytes_;      // of a row in shared memory
+  int v_bytes_;      // those of them that are used
   const T* k_head_;  // the lane's first chunk of the first key, of the first row if they differ
   const T* v_head_;
   int begin_;
@@ -392,8 +389,8 @@ class KeySteps {
 // --- logits -------------------------------------------------------------------------------------
 
 // A product's logit; -inf where the query does not look at the key.
-__device__ inline float finish_logit(const DecodeAttentionCuda& p, const Query& query, float product,
-                                     int key, uint32_t beams, bool& is_visible) {
+__device__ inline float finish_logit(const DecodeAttentionCuda& p, const Query& query,
+                                     float product, int key, uint32_t beams, bool& is_visible) {
   float x = product * p.scale;
   if (p.softcap != 0.0f) x = p.softcap * tanhf(x / p.softcap);
   x -= query.slope * fabsf(static_cast<float>(query.position - key));
@@ -421,7 +418,8 @@ __device__ inline void store_block(const DecodeAttentionCuda& p, const Block& bl
   __syncthreads();
   if (thread < kQueries) {
     float peak = -INFINITY;
-    for (int warp = 0; warp < kWarps; ++warp) peak = fmaxf(peak, sums[warp * kQueries + thread].peak);
+    for (int warp = 0; warp < kWarps; ++warp)
+      peak = fmaxf(peak, sums[warp * kQueries + thread].peak);
     // A row of -inf would give NaN: shift by 0 instead.
     const float shift = peak == -INFINITY ? 0.0f : peak;
     float total = 0.0f;
@@ -450,8 +448,8 @@ __device__ inline void store_block(const DecodeAttentionCuda& p, const Block& bl
     float value = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp)
-      value += outputs[(warp * kQueries + row) * kHeadDim + column] *
-               sums[warp * kQueries + row].peak;
+      value +=
+          outputs[(warp * kQueries + row) * kHeadDim + column] * sums[warp * kQueries + row].peak;
     return value;
   };
   if (p.splits > 1) {
@@ -481,8 +479,7 @@ __device__ inline void store_block(const DecodeAttentionCuda& p, const Block& bl
   for (int i = thread; i < kQueries * p.value_size; i += kThreads) {
     const int row = i / p.value_size, column = i % p.value_size;
     const int64_t index = queries[row].index;
-    if (index >= 0)
-      output[index * p.value_size + column] = from_float<T>(value_at(row, column));
+    if (index >= 0) output[index * p.value_size + column] = from_float<T>(value_at(row, column));
   }
 }
 
@@ -672,9 +669,9 @@ __global__ void __launch_bounds__(kThreads, kHeadDim == 256 ? 1 : 3)
       }
       continue;
     }
-    const uint32_t a[4] = {pack2<T>(logits[0][0], logits[0][1]), pack2<T>(logits[0][2], logits[0][3]),
-                           pack2<T>(logits[1][0], logits[1][1]),
-                           pack2<T>(logits[1][2], logits[1][3])};
+    const uint32_t a[4] = {
+        pack2<T>(logits[0][0], logits[0][1]), pack2<T>(logits[0][2], logits[0][3]),
+        pack2<T>(logits[1][0], logits[1][1]), pack2<T>(logits[1][2], logits[1][3])};
     const uint32_t v_address =
         ptx::shared_address(v + place<T>(first_row, first_column, kValueBytes));
 #pragma unroll
@@ -709,9 +706,9 @@ __global__ void __launch_bounds__(kThreads, kHeadDim == 256 ? 1 : 3)
 
 // --- fp32 ---------------------------------------------------------------------------------------
 
-// 8 keys a step. Four lanes multiply a key, each a quarter of its chunks, with all queries; then each
-// lane computes the weights of its key for a quarter of the queries; then it holds kHeadDim / 32
-// columns of the output.
+// 8 keys a step. Four lanes multiply a key, each a quarter of its chunks, with all queries; then
+// each lane computes the weights of its key for a quarter of the queries; then it holds kHeadDim /
+// 32 columns of the output.
 template <int kQueries, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kQueries == 8 || kHeadDim == 256 ? 2 : 4)
     fp32_kernel(const __grid_constant__ DecodeAttentionCuda p) {
@@ -765,12 +762,12 @@ __global__ void __launch_bounds__(kThreads, kQueries == 8 || kHeadDim == 256 ? 2
 
     float products[kQueries] = {};
     for (int chunk = part; chunk < chunks; chunk += 4) {
-      const auto key = load_pack<4>(
-          reinterpret_cast<const float*>(k + place<float>(own_key, chunk, key_bytes)));
+      const auto key =
+          load_pack<4>(reinterpret_cast<const float*>(k + place<float>(own_key, chunk, key_bytes)));
 #pragma unroll
       for (int i = 0; i < kQueries; ++i) {
-        const auto query =
-            load_pack<4>(reinterpret_cast<const float*>(shared_q + place<float>(i, chunk, key_bytes)));
+        const auto query = load_pack<4>(
+            reinterpret_cast<const float*>(shared_q + place<float>(i, chunk, key_bytes)));
 #pragma unroll
         for (int e = 0; e < 4; ++e) products[i] += query.element[e] * key.element[e];
       }
@@ -872,18 +869,20 @@ __global__ void __launch_bounds__(kThreads, kQueries == 8 || kHeadDim == 256 ? 2
       Pack<float, kPack> pack;
 #pragma unroll
       for (int e = 0; e < kPack; ++e) pack.element[e] = acc[q][i + e];
-      store_pack(outputs + (warp * kQueries + q) * kHeadDim + i / kPack * kWarp * kPack +
-                     lane * kPack,
-                 pack);
+      store_pack(
+          outputs + (warp * kQueries + q) * kHeadDim + i / kPack * kWarp * kPack + lane * kPack,
+          pack);
     }
   store_block<float, kQueries, kHeadDim>(p, block, queries, sums, outputs);
 }
 
-// --- merge of splits ------------------------------------------------------------------------------
+// --- merge of splits
+// ------------------------------------------------------------------------------
 
 // A warp a query.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ DecodeAttentionCuda p) {
+__global__ void __launch_bounds__(kThreads)
+    merge_kernel(const __grid_constant__ DecodeAttentionCuda p) {
   SHARED(float, weights, [kWarps * kDecodeCudaMaxSplits]);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
