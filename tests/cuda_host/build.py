@@ -38,12 +38,15 @@ FLAVOURS = {
     ],
     "tsan": ["-O1", "-fsanitize=thread"],
 }
-# What the sanitizers' libraries have of the units, to be compiled in a minute: the kernels of
-# other types and head sizes are instances of the same templates.
-SANITIZED = {"float32": "float", "bfloat16": "__nv_bfloat16"}
-_SANITIZED_UNITS = {
-    "FUSED_ATTN_T": tuple(SANITIZED.values()),
+# What the sanitizers' libraries have of the units, so that they compile in a minute: the kernels
+# of other types are instances of the same templates.
+SANITIZED = {
+    "add_layer_norm": ("bfloat16",),
+    "attention": ("bfloat16",),
+    "beam_search": ("bfloat16",),
+    "decode_attention": ("bfloat16", "float32"),  # only 16-bit types have matrix products
 }
+_UNIT_OF_DTYPE = {"bfloat16": "nv_bfloat16", "float16": "half", "float32": "float"}
 # A fiber switch is a call that the compiler cannot see through, and every value in memory may
 # have changed after it; products and sums round one by one, as written.
 KERNEL_FLAGS = [
@@ -112,6 +115,7 @@ def build(flavour: str = "plain", ops: Sequence[str] = ()) -> Path:
     name = "_".join(["fused_attn_cuda_host", flavour, *ops])
     library = BUILD / f"lib{name}.so"
     with _locked():
+        _run_ninja("bindings", _binding_lines(), _bindings(ops))
         _run_ninja(name, _library_lines(flavour, ops, BUILD / name, library))
     return library
 
@@ -182,10 +186,10 @@ def _locked() -> Iterator[None]:
         yield
 
 
-def _run_ninja(name: str, lines: Sequence[str]) -> None:
+def _run_ninja(name: str, lines: Sequence[str], targets: Sequence[Path] = ()) -> None:
     file = BUILD / f"{name}.ninja"
     file.write_text("\n".join([f"builddir = {BUILD / name}.log", *lines]) + "\n")
-    command = ["ninja", "-f", str(file)]
+    command = ["ninja", "-f", str(file), *(str(target) for target in targets)]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
     result = subprocess.run(
@@ -200,12 +204,27 @@ def _run_ninja(name: str, lines: Sequence[str]) -> None:
         raise RuntimeError(f"building {name} failed:\n{result.stdout}{result.stderr}")
 
 
+def _torch_flags() -> list[str]:
+    include = Path(torch.__file__).parent / "include"
+    return [f"-isystem{include}", f"-isystem{include}/torch/csrc/api/include"]
+
+
+def _bindings(ops: Sequence[str]) -> list[Path]:
+    """The bindings' object files."""
+    sources = [s for s in CSRC.glob("*/*_cuda.cpp") if not ops or s.parent.name in ops]
+    return [BUILD / "bindings" / f"{source.stem}.o" for source in sorted(sources)]
+
+
+def _binding_lines() -> list[str]:
+    lines = list(_RULES)
+    flags = " ".join([*BINDING_FLAGS, *include_flags(), *_torch_flags()])
+    for source in sorted(CSRC.glob("*/*_cuda.cpp")):
+        out = BUILD / "bindings" / f"{source.stem}.o"
+        lines.extend([f"build {out}: compile {source}", f"  flags = {flags}"])
+    return lines
+
+
 def _library_lines(flavour: str, ops: Sequence[str], folder: Path, library: Path) -> list[str]:
-    torch_root = Path(torch.__file__).parent
-    torch_flags = [
-        f"-isystem{torch_root / 'include'}",
-        f"-isystem{torch_root / 'include/torch/csrc/api/include'}",
-    ]
     lines = list(_RULES)
     objects = []
 
@@ -214,26 +233,26 @@ def _library_lines(flavour: str, ops: Sequence[str], folder: Path, library: Path
         lines.extend([f"build {out}: compile {source}", f"  flags = {' '.join(flags)}"])
 
     kernel_flags = [*FLAVOURS[flavour], *KERNEL_FLAGS, *include_flags()]
-    only = None if flavour == "plain" else _SANITIZED_UNITS
-    for unit in units(BUILD / "units", only):
-        if not ops or any(unit.name.startswith(f"{op}_cuda") for op in ops):
+    for unit in units(BUILD / "units"):
+        op, kind = unit.stem.split("_cuda_")
+        wanted = [_UNIT_OF_DTYPE[dtype] for dtype in SANITIZED[op]]
+        if (not ops or op in ops) and (
+            flavour == "plain" or any(kind.startswith(name) for name in wanted)
+        ):
             compile(unit, folder / f"{unit.stem}.o", kernel_flags)
-    compile(HOST / "library.cpp", folder / "library.o", [*kernel_flags, *torch_flags])
-    for source in sorted(CSRC.glob("*/*_cuda.cpp")):
-        if not ops or source.parent.name in ops:
-            flags = [*BINDING_FLAGS, *include_flags(), *torch_flags]
-            compile(source, BUILD / "bindings" / f"{source.stem}.o", flags)
-            if flavour != "plain":
-                # Calls of a kernel that this library lacks need not be resolved to load it.
-                strong = objects.pop()
-                objects.append(strong.with_suffix(".weak.o"))
-                lines.append(f"build {objects[-1]}: weaken {strong}")
+    compile(HOST / "library.cpp", folder / "library.o", [*kernel_flags, *_torch_flags()])
+    for binding in _bindings(ops):
+        objects.append(binding)
+        if flavour != "plain":
+            # Calls of a kernel that this library lacks need not be resolved to load it.
+            objects[-1] = folder / f"{binding.stem}.weak.o"
+            lines.append(f"build {objects[-1]}: weaken {binding}")
+    libraries = Path(torch.__file__).parent / "lib"
     return [
         *lines,
         f"build {library}: link {' '.join(str(o) for o in objects)}",
         f"  flags = {' '.join(FLAVOURS[flavour])}",
-        f"  libraries = -L{torch_root / 'lib'} -Wl,-rpath,{torch_root / 'lib'} "
-        "-ltorch -ltorch_cpu -lc10",
+        f"  libraries = -L{libraries} -Wl,-rpath,{libraries} -ltorch -ltorch_cpu -lc10",
     ]
 
 

@@ -47,7 +47,7 @@ def test_any_schedule(op: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 @pytest.mark.parametrize("op", CUDA_OPS)
 def test_sanitized(op: str, flavour: str) -> None:
-    dtypes = [word for dtype in SANITIZED for word in ("--dtype", dtype)]
+    dtypes = [word for dtype in SANITIZED[op] for word in ("--dtype", dtype)]
     result = run_python(flavour, "-m", "tests.cuda_host.check", op, *dtypes)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"passed [1-9]\d*, refused \d+, launches [1-9]", result.stdout)
