@@ -485,6 +485,16 @@ __global__ void __launch_bounds__(kAttentionThreads,
     if constexpr (kGeneral) {
       mixed = kinds.class_at(m0) > 1;
       bits = block_bits(call, kinds.block_at(m0));
+    } else if (cut) {
+      // Keys behind the length have nothing to hide from: their rows are not stored.
+      const int over = saved.first + warp_row + lane / 4 - (m0 + lane % 4 * 2) - saved.diagonal;
+#pragma unroll
+      for (int j = 0; j < kFragments; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int distance = over + (e / 2 * 8 - e % 2 - 8 * j);
+          if (distance > call.right || distance < -call.left) x[0][j][e] = -infinity();
+        }
     }
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
@@ -501,15 +511,6 @@ __global__ void __launch_bounds__(kAttentionThreads,
 #pragma unroll
         for (int e = 0; e < 4; ++e) dp[0][j][e] = scaled_dx[e];
       } else {
-        if (cut) {
-          // Rows behind the length have nothing to hide from: they are not stored.
-          const int over = saved.first + warp_row + lane / 4 - at.t0 - saved.diagonal;
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int distance = over + e / 2 * 8 - e % 2;
-            if (distance > call.right || distance < -call.left) x[0][j][e] = -infinity();
-          }
-        }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float w =

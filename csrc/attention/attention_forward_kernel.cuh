@@ -95,7 +95,11 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
   };
 
   float output[kRowTiles][kHeadDim / 8][4];
-  float peak[kRowTiles][2];  // of the rows of logits, times the multiplier
+  // What is subtracted from a row's logits, in their unit: a peak of those seen. Weights of up to
+  // e^kSlack are as exact as others, so that a little higher peak changes nothing, and accumulators
+  // are scaled in few turns.
+  constexpr float kSlack = 8.0f;
+  float peak[kRowTiles][2];
   float total[kRowTiles][2];
   clear(output);
 #pragma unroll
@@ -157,21 +161,35 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
       hide_cut_pairs(call, saved, saved.first + warp_row, n0, lane, x);
     }
 
+    if (is_softmax) {
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
+      for (int i = 0; i < kRowTiles; ++i) {
+        float shrink[2];
+        bool grows = false;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (is_softmax) {
+        for (int r = 0; r < 2; ++r) {
           float highest = x[i][0][2 * r];
 #pragma unroll
           for (int j = 0; j < kFragments; ++j)
 #pragma unroll
             for (int c = 0; c < 2; ++c) highest = fmaxf(highest, x[i][j][2 * r + c]);
-          highest = fmaxf(peak[i][r], quad_max(highest) * multiplier);
+          highest = quad_max(highest) * multiplier;
+          const bool higher = highest > peak[i][r] + kSlack;
+          shrink[r] = higher ? ptx::exp2_approx((peak[i][r] - highest) * exponent_unit) : 1.0f;
+          peak[i][r] = higher ? highest : peak[i][r];
+          total[i][r] *= shrink[r];
+          grows |= higher;
+        }
+        if (__any_sync(kFullMask, grows)) {
+#pragma unroll
+          for (int j = 0; j < kHeadDim / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) output[i][j][e] *= shrink[e / 2];
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
           // A row that has seen nothing yet, or only NaN, is shifted by 0.
-          const float shift = highest == -infinity() ? 0.0f : highest;
-          const float shrink = ptx::exp2_approx((peak[i][r] - shift) * exponent_unit);
-          peak[i][r] = highest;
+          const float shift = peak[i][r] == -infinity() ? 0.0f : peak[i][r];
           float sum = 0.0f;
 #pragma unroll
           for (int j = 0; j < kFragments; ++j)
@@ -182,23 +200,21 @@ __global__ void __launch_bounds__(kAttentionThreads, (ForwardTiles<kHeadDim, kGe
                                             : fmaf(w, multiplier, -shift));
               sum += w;
             }
-          total[i][r] = total[i][r] * shrink + sum;
-#pragma unroll
-          for (int j = 0; j < kHeadDim / 8; ++j)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) output[i][j][2 * r + c] *= shrink;
-        } else if constexpr (kGeneral) {
-        // The total is not 0 if the row sees something.
-#pragma unroll
-          for (int j = 0; j < kFragments; ++j)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              float& w = x[i][j][2 * r + c];
-              if (w != -infinity()) total[i][r] = 1.0f;
-              w = activated(call, w);
-            }
+          total[i][r] += sum;
         }
       }
+    } else if constexpr (kGeneral) {
+      // The total is not 0 if the row sees something.
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kFragments; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (x[i][j][e] != -infinity()) total[i][e / 2] = 1.0f;
+            x[i][j][e] = activated(call, x[i][j][e]);
+          }
+    }
     if constexpr (kGeneral) {
       if (call.seed) {
 #pragma unroll
