@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cuda_host.build import build_program, environment, missing
+from tests.cuda_host.build import build_program, missing
+from tests.cuda_host.programs import ADDRESS, RACE, RESULT, RIG, SCHEDULES, UNDEFINED, report
 
 pytestmark = pytest.mark.skipif(missing() != "", reason=missing() or "everything is there")
-
-# Schedules that differ in which thread runs first and in when asynchronous copies land.
-SCHEDULES = ("forward", "reverse", "depth_first", "random seed=1", "random seed=2 early")
-
-RESULT = "wrong: "
-RIG = "cuda_host: "
-ADDRESS = "AddressSanitizer"
-UNDEFINED = "runtime error: "
-RACE = "ThreadSanitizer: data race"
 
 # What finds each mistake: in every plain schedule, in some plain schedule, in AddressSanitizer's
 # and in ThreadSanitizer's build. None: nothing does there.
@@ -51,49 +41,35 @@ def programs() -> dict[str, Path]:
     return {flavour: build_program("defects", flavour) for flavour in ("plain", "asan", "tsan")}
 
 
-def report(program: Path, name: str, which: str, flavour: str, schedule: str) -> str:
-    """What the program and the sanitizer said; empty for a right result and silence."""
-    result = subprocess.run(
-        [str(program), name, which],
-        env={**os.environ, **environment(flavour, schedule, preload=False)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert result.returncode == 0 or result.stderr != "" or result.returncode < 0, result
-    return result.stderr
-
-
 @pytest.mark.parametrize("name", MISTAKES)
 def test_lets_the_right_kernel_pass(name: str, programs: dict[str, Path]) -> None:
     for schedule in SCHEDULES:
-        assert report(programs["plain"], name, "right", "plain", schedule) == ""
+        assert report(programs["plain"], [name, "right"], "plain", schedule) == ""
     for flavour in ("asan", "tsan"):
-        assert report(programs[flavour], name, "right", flavour, "forward") == ""
+        assert report(programs[flavour], [name, "right"], flavour) == ""
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_finds_the_mistake(name: str, programs: dict[str, Path]) -> None:
     always, sometimes, by_asan, by_tsan = MISTAKES[name]
-    plain = [report(programs["plain"], name, "wrong", "plain", s) for s in SCHEDULES]
+    plain = [report(programs["plain"], [name, "wrong"], "plain", s) for s in SCHEDULES]
     if always is not None:
         assert all(always in text for text in plain), plain
     if sometimes is not None:
         assert any(sometimes in text for text in plain), plain
     if by_asan is not None:
-        assert by_asan in report(programs["asan"], name, "wrong", "asan", "forward")
+        assert by_asan in report(programs["asan"], [name, "wrong"], "asan")
     if by_tsan is not None:
-        assert by_tsan in report(programs["tsan"], name, "wrong", "tsan", "forward")
+        assert by_tsan in report(programs["tsan"], [name, "wrong"], "tsan")
     assert {sometimes, by_asan, by_tsan} != {None}
 
 
 def test_says_where_every_thread_waits(programs: dict[str, Path]) -> None:
-    text = report(programs["plain"], "divergent_barrier", "wrong", "plain", "forward")
+    text = report(programs["plain"], ["divergent_barrier", "wrong"], "plain")
     assert "divergent_barrier, block (0, 0, 0), thread (" in text
     assert "from thread 0: waits in __syncthreads" in text
 
 
 def test_a_schedule_must_be_known(programs: dict[str, Path]) -> None:
-    text = report(programs["plain"], "missing_barrier", "right", "plain", "sideways")
+    text = report(programs["plain"], ["missing_barrier", "right"], "plain", "sideways")
     assert "CUDA_HOST_SCHEDULE: unknown word sideways" in text
