@@ -130,6 +130,7 @@ inline const char* kernel_name = "";
 inline std::function<void()> kernel_body;
 inline std::string failure;
 inline std::vector<std::function<void()>> at_block_start;  // resets of further instruments
+inline std::vector<std::function<void()>> at_block_end;    // ... and what they have to say
 inline uint64_t launches = 0;
 
 inline Thread* thread_of(unsigned linear) { return unit->fibers[linear]; }
@@ -311,7 +312,10 @@ inline void run_block(uint3 index) {
   alive = num_threads;
   wake(num_threads, thread_of);
   switch_to(take_ready());
-  if (failure.empty()) return;
+  if (failure.empty()) {
+    for (auto& check : at_block_end) check();
+    return;
+  }
   // The fibers stopped in the middle: they and what they wait in are given up.
   for (Unit& each : units) each.fibers.clear();
   for (Barrier& barrier : barriers) barrier = Barrier{};

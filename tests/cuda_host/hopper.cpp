@@ -121,6 +121,7 @@ constexpr Entry kEntries[] = {
     {"divergent_product", errors_of<Mistake::kDivergentProduct>},
     {"different_descriptors", errors_of<Mistake::kDifferentDescriptors>},
     {"overwritten_barrier", errors_of<Mistake::kOverwrittenBarrier>},
+    {"copy_after_the_end", errors_of<Mistake::kCopyAfterTheEnd>},
 #endif
 };
 

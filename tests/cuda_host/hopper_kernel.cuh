@@ -22,6 +22,7 @@ enum class Mistake {
   kDivergentProduct,      // a warp of the warpgroup takes no part
   kDifferentDescriptors,  // threads of the warpgroup name different tiles
   kOverwrittenBarrier,    // writes beyond the tiles, over a barrier
+  kCopyAfterTheEnd,       // fills a buffer that nobody waits for
 };
 
 constexpr int kProductRows = 128;  // of a block: 64 a warpgroup
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   if (threadIdx.x < 128) {
     ptx::lower_registers<40>();
     if (threadIdx.x != 0) return;
-    for (int turn = 0; turn < turns; ++turn) {
+    const int copied = kMistake == Mistake::kCopyAfterTheEnd ? turns + 1 : turns;
+    for (int turn = 0; turn < copied; ++turn) {
       const int i = turn % kBuffers;
       const int k0 = turn * kDepth;
       const uint32_t tile = buffers + i * kBufferBytes<kN>;

@@ -204,6 +204,9 @@ inline bool land_one() {
 inline const bool is_installed = [] {
   at_block_start.push_back([] { hopper().reset(); });
   when_nobody_is_ready.push_back(&land_one);
+  at_block_end.push_back([] {
+    if (!hopper().copies.empty()) fail("the block has ended before its copies");
+  });
   return true;
 }();
 

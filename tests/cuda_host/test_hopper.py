@@ -39,6 +39,7 @@ MISTAKES: dict[str, tuple[str | None, str, str | None]] = {
     "divergent_product": (RIG, RIG, None),
     "different_descriptors": (RIG, RIG, None),
     "overwritten_barrier": (RIG, RIG, None),
+    "copy_after_the_end": (RIG, RIG, None),
 }
 NEEDS_RIG = pytest.mark.skipif(missing() != "", reason=missing() or "everything is there")
 
