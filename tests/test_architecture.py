@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fused_attn
-from fused_attn.validation import OPS
+from fused_attn.validation import OPS, op_backends
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fused_attn"
@@ -135,6 +135,8 @@ def test_kernels_do_not_include_torch() -> None:
     kernels = [p for p in (ROOT / "csrc").rglob("*_kernel*") if p.is_file()]
     assert len(kernels) >= len(OPS)
     kernels += [ROOT / "csrc/common/vec.h", ROOT / "csrc/common/dtype.h"]
+    kernels += [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*_cuda.h")]
+    kernels += (ROOT / "csrc/common").glob("*.cuh")
     for path in kernels:
         included = re.findall(r'#include\s+[<"]([^>"]+)', path.read_text())
         assert not [i for i in included if i.startswith(("torch/", "ATen/", "c10/"))], path
@@ -150,6 +152,31 @@ def test_one_name_finds_everything_about_an_op(op: str) -> None:
         assert (ROOT / "csrc" / op / name).is_file(), name
     assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file()
     assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file()
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "cuda" in op_backends(op)])
+def test_one_name_finds_the_cuda_kernels_of_an_op(op: str) -> None:
+    assert (PACKAGE / "ops" / op / "cuda.py").is_file()
+    folder = ROOT / "csrc" / op
+    for name in (f"{op}_cuda.h", f"{op}_cuda.cu", f"{op}_cuda.cpp"):
+        assert (folder / name).is_file(), name
+    assert any(folder.glob(f"{op}*_kernel.cuh"))
+
+
+def test_kernels_are_written_so_that_they_can_be_executed_on_a_cpu() -> None:
+    """Inline PTX in its headers alone; shared memory and launches in the spelling of cuda.cuh."""
+    allowed = {
+        "ptx.cuh": "asm",
+        "ptx_sm90.cuh": "asm|__CUDA_ARCH__",
+        "cuda.cuh": "__shared__|<<<",
+        "attention_forward_kernel.cuh": "__CUDA_ARCH__",  # a budget of registers
+    }
+    sources = [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cuh")]
+    assert len(sources) >= 8
+    for path in sources:
+        words = r"\basm\b|__shared__|<<<|__CUDA_ARCH__|\bcub::|cooperative_groups"
+        found = set(re.findall(words, re.sub(r"//.*", "", path.read_text())))
+        assert found <= set(allowed.get(path.name, "").split("|")), (path, found)
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 #ifdef FUSED_ATTN_CUDA_HOST
   cuda_host::run(name, kernel, grid, block, shared_bytes, static_cast<Arguments&&>(arguments)...);
 #else
-  // Static and dynamic memory above 48 KiB together must be asked for. Kernels have less than 16
-  // KiB of the former.
+  // Static and dynamic memory above 48 KiB together must be asked for. Kernels that have the latter
+  // have less than 16 KiB of the former.
   if (shared_bytes > 32 * 1024)
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
