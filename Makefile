@@ -46,8 +46,10 @@ demo: $(READY)
 	$(BIN)/python -m benchmarks.run --rounds 3 --quick
 	$(BIN)/fused-attn demo --out demo_output
 
+# One OpenMP thread each: two processes with two threads wait for each other. Tests of several
+# threads ask for them.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

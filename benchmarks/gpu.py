@@ -6,7 +6,9 @@ process of its own under a limit of time, so a crash or a hanging kernel costs o
 1. ``build``: the C++ extension, in place.
 2. ``validate``: every kernel against the fp64 oracle, on the GPU.
 3. ``tests``: pytest, those that need a GPU.
-4. ``operators``: times, one process a benchmark case (`benchmarks.gpu_case`).
+4. ``sanitizer``: compute-sanitizer's memcheck and racecheck over the CUDA C++ kernels, where it is
+   installed.
+5. ``operators``: times, one process a benchmark case (`benchmarks.gpu_case`).
 
 Results are JSON lines in ``results.jsonl``, written as they come; what fails or takes too long is
 a row with its error. What else a stage prints is in ``<stage>.log``.
@@ -20,6 +22,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,9 +43,16 @@ from .timing import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tests first: their processes compile the kernels, which validation finds in Triton's cache.
-STAGES = ("build", "tests", "validate", "operators")
-SECONDS = {"build": 180.0, "tests": 330.0, "validate": 120.0, "operators": 75.0}
-"""The limit of a stage; of ``operators``, that of each case."""
+STAGES = ("build", "tests", "validate", "sanitizer", "operators")
+SECONDS = {
+    "build": 180.0,
+    "tests": 330.0,
+    "validate": 120.0,
+    "sanitizer": 150.0,
+    "operators": 75.0,
+}
+"""The limit of a stage; of ``sanitizer`` and ``operators``, that of each process."""
+SANITIZERS = ("memcheck", "racecheck")
 TOTAL_SECONDS = 570.0
 # Files outside these folders may need packages (sacreBLEU) that a borrowed machine lacks, and have
 # no test that needs a GPU.
@@ -189,6 +199,19 @@ def plan(
     stages = [
         Stage(name, command, SECONDS[name]) for name, command in commands.items() if name in names
     ]
+    if "sanitizer" in names and device == "cuda" and shutil.which("compute-sanitizer"):
+        # A process that finds something ends with another status than one whose cases all pass.
+        cases = (python, "-m", "fused_attn", "validate", "--device", device, "--json")
+        cases = (*cases, "--backend", "cuda", "--kind", "typical")
+        stages += [
+            Stage(
+                "sanitizer",
+                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *cases),
+                SECONDS["sanitizer"],
+                tool,
+            )
+            for tool in SANITIZERS
+        ]
     if "operators" not in names:
         return stages
     common = ("--device", device, "--rounds", str(rounds), "--peers", *peers)

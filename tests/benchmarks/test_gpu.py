@@ -117,11 +117,16 @@ def test_plans_every_stage_for_the_gpu_in_order(monkeypatch: pytest.MonkeyPatch)
     )
     backends = {"attention": ("triton", "reference"), "beam_search": ("cpu", "reference")}
     monkeypatch.setattr(gpu, "op_backends", lambda op: backends[op])
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
     stages = gpu.plan(gpu.STAGES, "cuda", ["attention", "beam_search"], ["eager"], 7)
-    assert [stage.name for stage in stages] == list(gpu.STAGES)
+    assert list(dict.fromkeys(stage.name for stage in stages)) == list(gpu.STAGES)
     assert stages[1].command[stages[1].command.index("-m", 3) + 1] == "gpu"
     assert "cuda" in stages[2].command
-    assert stages[3].command[3:5] == ("attention", "a")
+    assert [stage.label for stage in stages if stage.name == "sanitizer"] == list(gpu.SANITIZERS)
+    assert stages[3].command[0] == "compute-sanitizer"
+    assert stages[-1].command[3:5] == ("attention", "a")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert "sanitizer" not in [s.name for s in gpu.plan(gpu.STAGES, "cuda", [], [], 1)]
     assert [s.name for s in gpu.plan(["tests"], "cpu", [], [], 1)] == ["tests"]
 
 

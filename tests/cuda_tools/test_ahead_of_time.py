@@ -53,6 +53,13 @@ def test_compiles_without_spills_or_warnings(unit: str, architecture: str) -> No
     found = {op for kernel in compiled.kernels for op in kernel.instructions}
     for wanted in EXPECTED[unit.split("_cuda")[0]]:
         assert wanted in found, wanted
+    # add_layer_norm's kernels of vectors of 8 move no row element by element.
+    of_vectors = re.compile(r"nv_bfloat16(Li\d+E)*Li8E(EE|Lb)")
+    vectorised = [kernel for kernel in compiled.kernels if of_vectors.search(kernel.name)]
+    assert (vectorised != []) == unit.startswith("add_layer_norm")
+    for kernel in vectorised:
+        assert kernel.instructions["LDG.E.128"] > 0
+        assert not [op for op in kernel.instructions if re.match("(LDG|STG).*U16", op)]
 
 
 @pytest.mark.skipif(cuda_headers() is None, reason="needs CUDA's headers")

@@ -190,4 +190,19 @@ CASES: tuple[Case, ...] = (
     BeamSearchCase(name="B4_K16_V32000", kind="benchmark", B=4, K=16, V=32000, eos_token=2),
     BeamSearchCase(name="B1_K64_V32000", kind="benchmark", B=1, K=64, V=32000, eos_token=2),
     BeamSearchCase(name="B2_K4_V262144", kind="benchmark", B=2, K=4, V=262144, eos_token=1),
+    *(
+        BeamSearchCase(
+            name=f"B{B}_K{K}_V{V}_gpu", kind="benchmark", B=B, K=K, V=V, eos_token=2, gpu_only=True
+        )
+        for B, K, V in ((16, 4, 32000), (64, 8, 32000), (128, 4, 50257), (16, 64, 32000))
+    ),
+    BeamSearchCase(
+        name="B16_K8_V262144_gpu",
+        kind="benchmark",
+        B=16,
+        K=8,
+        V=262144,
+        eos_token=2,
+        gpu_only=True,
+    ),
 )

@@ -207,6 +207,11 @@ def _case(name: str, kind: Any = "edge", **fields: Any) -> DecodeAttentionCase:
     return DecodeAttentionCase(name=name, kind=kind, **fields)
 
 
+def _gpu(name: str, **fields: Any) -> DecodeAttentionCase:
+    """A benchmark of a GPU's size, in the type that caches have there."""
+    return _case(f"{name}_gpu", "benchmark", dtypes=(torch.bfloat16,), gpu_only=True, **fields)
+
+
 CASES: tuple[DecodeAttentionCase, ...] = (
     # --- edge -----------------------------------------------------------------------------------
     _case("one_pair", B=1, H=1, S=1, D=1),
@@ -373,4 +378,10 @@ CASES: tuple[DecodeAttentionCase, ...] = (
         D=64,
         has_ancestry=True,
     ),
+    _gpu("self_4096", B=64, H=16, S=4096, D=64),
+    _gpu("self_1024_one", B=1, H=32, S=1024, D=128),
+    _gpu("self_16384_one", B=1, H=32, S=16384, D=128),
+    _gpu("grouped_4096", B=64, H=32, Hk=8, S=4096, D=128),
+    _gpu("cross_1024_4_beams", B=64, K=4, H=16, S=1024, D=64, is_causal=False),
+    _gpu("ancestry_1024_4_beams", B=16, K=4, H=16, S=1024, D=64, has_ancestry=True),
 )
