@@ -1,9 +1,6 @@
 // Unpacks tensors for the CUDA kernels of add_layer_norm.
 #include <ATen/ops/empty.h>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "add_layer_norm/add_layer_norm_cuda.h"
 #include "common/cuda_binding.h"
 #include "common/dispatch.h"
@@ -67,19 +64,6 @@ int64_t row_count(const Tensor& x) {
   return rows;
 }
 
-// Calls function with a null pointer to the element type.
-template <class Function>
-void with_element_type(at::ScalarType dtype, Function function) {
-  if (dtype == at::kFloat)
-    function(static_cast<float*>(nullptr));
-  else if (dtype == at::kHalf)
-    function(static_cast<__half*>(nullptr));
-  else if (dtype == at::kBFloat16)
-    function(static_cast<__nv_bfloat16*>(nullptr));
-  else
-    TORCH_CHECK(false, "fused_attn: no CUDA kernel for dtype ", dtype);
-}
-
 AddLayerNormInputs inputs_of(Arguments& arguments, const Tensor& x,
                              const std::optional<Tensor>& x_bias,
                              const std::optional<Tensor>& residual,
@@ -126,8 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
   p.width = static_cast<int>(x.size(-1));
   p.eps = static_cast<float>(eps);
   p.is_vectorised = arguments.is_aligned();
-  with_element_type(x.scalar_type(), [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
+  with_element_type(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
     add_layer_norm_forward_cuda<T>(p, call.stream);
   });
   return {output, sum, mean, rstd};
@@ -203,8 +187,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     next += programs * width;
     totals[kind++] = gradients[k].mutable_data_ptr<float>();
   }
-  with_element_type(dtype, [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
     add_layer_norm_backward_cuda<T>(p, call.stream);
     if (!is_direct && kinds > 0)
       add_layer_norm_reduce_cuda<T>(partial.const_data_ptr<float>(), kinds, p.programs, p.width,

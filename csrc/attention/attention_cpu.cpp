@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "attention/attention.h"
+#include "attention/attention_arguments.h"
 #include "common/dispatch.h"
 #include "common/large_outputs.h"
 
@@ -14,7 +15,6 @@ namespace fused_attn {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Fewer sums than kMostChunks are split into chunks of heads and of rows, of at least so many.
 // Neither depends on the number of threads, so that sums over chunks are the same bits on any
@@ -26,31 +26,6 @@ constexpr double kSmallWork = 3e5;
 
 // The vectors of the widest instruction set.
 constexpr int64_t kMaxLanes = 16;
-
-// The operator's arguments between the tensors and the options, as the schema names them.
-struct Arguments {
-  const Tensor& query;
-  const Tensor& key;
-  const Tensor& value;
-  const OptionalTensor& mask;
-  const OptionalTensor& bias;
-  const OptionalTensor& alibi_slopes;
-  const OptionalTensor& query_lengths;
-  const OptionalTensor& key_lengths;
-  const OptionalTensor& query_offsets;
-  const OptionalTensor& key_offsets;
-  at::TensorList block_mask;
-  const OptionalTensor& seed;
-  int64_t left;
-  int64_t right;
-  bool align_lower_right;
-  double scale;
-  double softcap;
-  int64_t activation;
-  double dropout_p;
-  int64_t max_queries;
-  int64_t max_keys;
-};
 
 HeadRows head_rows(const Tensor& tensor, bool is_packed, Tensor& keep_alive) {
   const bool contiguous_rows = tensor.size(3) <= 1 || tensor.stride(3) == 1;
@@ -79,7 +54,7 @@ int64_t integer_at(const Tensor& tensor, int64_t i) {
 
 // The kernel's parameters, and the memory that they point to.
 struct Call {
-  explicit Call(const Arguments& a) {
+  explicit Call(const AttentionArguments& a) {
     const Tensor& query = a.query;
     is_packed = a.query_offsets.has_value();
     in.is_packed = is_packed;
@@ -145,7 +120,7 @@ struct Call {
   }
 
   // Whatever lengths and offsets say, the kernel stays inside of the tensors.
-  void find_sequences(const Arguments& a) {
+  void find_sequences(const AttentionArguments& a) {
     const int64_t query_rows = a.query.size(2), key_rows = a.key.size(2);
     const int64_t batch = is_packed ? a.query_offsets->size(0) - 1 : a.query.size(0);
     int64_t owned_queries = 0, owned_keys = 0;
@@ -289,7 +264,7 @@ void run_tasks(const Plan& plan, const AttentionInputs& in, AttentionTasks& task
   });
 }
 
-std::tuple<Tensor, Tensor> forward(const Arguments& a) {
+std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
   const Call call(a);
   const int64_t B = call.batch(), H = a.query.size(1);
   AttentionForward p{};
@@ -317,8 +292,9 @@ std::tuple<Tensor, Tensor> forward(const Arguments& a) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output,
                                                     const OptionalTensor& grad_lse,
-                                                    const Arguments& a, const Tensor& output,
-                                                    const Tensor& lse, bool need_grad_bias) {
+                                                    const AttentionArguments& a,
+                                                    const Tensor& output, const Tensor& lse,
+                                                    bool need_grad_bias) {
   const Call call(a);
   const int64_t B = call.batch(), H = a.query.size(1), Hk = a.key.size(1);
   const int64_t D = a.query.size(3), Dv = a.value.size(3);
@@ -397,43 +373,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output,
   return {dq, dk, dv, dbias};
 }
 
-std::tuple<Tensor, Tensor> attention_forward_cpu(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-    const OptionalTensor& bias, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& query_lengths, const OptionalTensor& key_lengths,
-    const OptionalTensor& query_offsets, const OptionalTensor& key_offsets,
-    at::TensorList block_mask, const OptionalTensor& seed, int64_t left, int64_t right,
-    bool align_lower_right, double scale, double softcap, int64_t activation, double dropout_p,
-    int64_t max_queries, int64_t max_keys) {
-  return forward({query,        key,           value,       mask,          bias,
-                  alibi_slopes, query_lengths, key_lengths, query_offsets, key_offsets,
-                  block_mask,   seed,          left,        right,         align_lower_right,
-                  scale,        softcap,       activation,  dropout_p,     max_queries,
-                  max_keys});
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
-    const Tensor& key, const Tensor& value, const OptionalTensor& mask, const OptionalTensor& bias,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& query_lengths,
-    const OptionalTensor& key_lengths, const OptionalTensor& query_offsets,
-    const OptionalTensor& key_offsets, at::TensorList block_mask, const OptionalTensor& seed,
-    int64_t left, int64_t right, bool align_lower_right, double scale, double softcap,
-    int64_t activation, double dropout_p, int64_t max_queries, int64_t max_keys,
-    const Tensor& output, const Tensor& lse, bool need_grad_bias) {
-  return backward(grad_output, grad_lse,
-                  {query,        key,           value,       mask,          bias,
-                   alibi_slopes, query_lengths, key_lengths, query_offsets, key_offsets,
-                   block_mask,   seed,          left,        right,         align_lower_right,
-                   scale,        softcap,       activation,  dropout_p,     max_queries,
-                   max_keys},
-                  output, lse, need_grad_bias);
-}
-
 }  // namespace
 }  // namespace fused_attn
 
 TORCH_LIBRARY_IMPL(fused_attn_C, CPU, m) {
-  m.impl("attention_forward", &fused_attn::attention_forward_cpu);
-  m.impl("attention_backward", &fused_attn::attention_backward_cpu);
+  m.impl("attention_forward", &fused_attn::attention_forward<fused_attn::forward>);
+  m.impl("attention_backward", &fused_attn::attention_backward<fused_attn::backward>);
 }

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "attention/attention_arguments.h"
 #include "attention/attention_cuda.h"
 #include "common/cuda_binding.h"
 #include "common/dispatch.h"
@@ -22,34 +23,8 @@ namespace fused_attn {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLargestHeadSize = 256;
-
-// The operator's arguments between the tensors and the options, as the schema names them.
-struct Arguments {
-  const Tensor& query;
-  const Tensor& key;
-  const Tensor& value;
-  const OptionalTensor& mask;
-  const OptionalTensor& bias;
-  const OptionalTensor& alibi_slopes;
-  const OptionalTensor& query_lengths;
-  const OptionalTensor& key_lengths;
-  const OptionalTensor& query_offsets;
-  const OptionalTensor& key_offsets;
-  at::TensorList block_mask;
-  const OptionalTensor& seed;
-  int64_t left;
-  int64_t right;
-  bool align_lower_right;
-  double scale;
-  double softcap;
-  int64_t activation;
-  double dropout_p;
-  int64_t max_queries;
-  int64_t max_keys;
-};
 
 // Whether every row is contiguous and, with its end, at a multiple of 16 bytes.
 bool has_vectors(const Tensor& tensor) {
@@ -102,7 +77,7 @@ AttentionPairs pairs_of(const Tensor& tensor) {
 // The kernels' parameters, and the memory that they point to.
 class Call {
  public:
-  explicit Call(const Arguments& a) : is_packed(a.query_offsets.has_value()) {
+  explicit Call(const AttentionArguments& a) : is_packed(a.query_offsets.has_value()) {
     TORCH_CHECK(a.query.scalar_type() == at::kHalf || a.query.scalar_type() == at::kBFloat16,
                 "attention: the cuda kernels take float16 and bfloat16");
     const int64_t head_size = std::max(a.query.size(3), a.value.size(3));
@@ -209,7 +184,7 @@ class Call {
   }
 
   // Classifies the tiles of the boolean mask, if there is one.
-  void classify_mask(const Arguments& a, const CudaCall& cuda) {
+  void classify_mask(const AttentionArguments& a, const CudaCall& cuda) {
     if (!a.mask) return;
     const PairShape shape(*a.mask);
     const auto tiles = [](int64_t size) {
@@ -279,7 +254,7 @@ class Call {
   std::vector<Tensor> owned_;
 };
 
-std::tuple<Tensor, Tensor> forward(const Arguments& a) {
+std::tuple<Tensor, Tensor> forward(const AttentionArguments& a) {
   const CudaCall cuda(a.query);
   Call call(a);
   const Tensor output = call.empty_rows(a.query, a.value.size(3));
@@ -302,8 +277,9 @@ std::tuple<Tensor, Tensor> forward(const Arguments& a) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output,
                                                     const OptionalTensor& grad_lse,
-                                                    const Arguments& a, const Tensor& output,
-                                                    const Tensor& lse, bool need_grad_bias) {
+                                                    const AttentionArguments& a,
+                                                    const Tensor& output, const Tensor& lse,
+                                                    bool need_grad_bias) {
   const CudaCall cuda(a.query);
   Call call(a);
   const auto fp32 = a.query.options().dtype(at::kFloat);
@@ -350,43 +326,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output,
   return {dq, dk, dv, dbias};
 }
 
-std::tuple<Tensor, Tensor> attention_forward_on_cuda(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-    const OptionalTensor& bias, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& query_lengths, const OptionalTensor& key_lengths,
-    const OptionalTensor& query_offsets, const OptionalTensor& key_offsets,
-    at::TensorList block_mask, const OptionalTensor& seed, int64_t left, int64_t right,
-    bool align_lower_right, double scale, double softcap, int64_t activation, double dropout_p,
-    int64_t max_queries, int64_t max_keys) {
-  return forward({query,        key,           value,       mask,          bias,
-                  alibi_slopes, query_lengths, key_lengths, query_offsets, key_offsets,
-                  block_mask,   seed,          left,        right,         align_lower_right,
-                  scale,        softcap,       activation,  dropout_p,     max_queries,
-                  max_keys});
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_on_cuda(
-    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& query,
-    const Tensor& key, const Tensor& value, const OptionalTensor& mask, const OptionalTensor& bias,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& query_lengths,
-    const OptionalTensor& key_lengths, const OptionalTensor& query_offsets,
-    const OptionalTensor& key_offsets, at::TensorList block_mask, const OptionalTensor& seed,
-    int64_t left, int64_t right, bool align_lower_right, double scale, double softcap,
-    int64_t activation, double dropout_p, int64_t max_queries, int64_t max_keys,
-    const Tensor& output, const Tensor& lse, bool need_grad_bias) {
-  return backward(grad_output, grad_lse,
-                  {query,        key,           value,       mask,          bias,
-                   alibi_slopes, query_lengths, key_lengths, query_offsets, key_offsets,
-                   block_mask,   seed,          left,        right,         align_lower_right,
-                   scale,        softcap,       activation,  dropout_p,     max_queries,
-                   max_keys},
-                  output, lse, need_grad_bias);
-}
-
 }  // namespace
 }  // namespace fused_attn
 
 FUSED_ATTN_CUDA_LIBRARY(m) {
-  m.impl("attention_forward", &fused_attn::attention_forward_on_cuda);
-  m.impl("attention_backward", &fused_attn::attention_backward_on_cuda);
+  m.impl("attention_forward", &fused_attn::attention_forward<fused_attn::forward>);
+  m.impl("attention_backward", &fused_attn::attention_backward<fused_attn::backward>);
 }

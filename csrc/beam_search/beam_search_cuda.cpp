@@ -112,19 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_search_step(const Tensor
   workspace.allocate(memory.mutable_data_ptr<uint8_t>());
   take_all(workspace, p);
 
-  switch (rows.scalar_type()) {
-    case at::kFloat:
-      beam_search_cuda<float>(p, call.stream);
-      break;
-    case at::kHalf:
-      beam_search_cuda<__half>(p, call.stream);
-      break;
-    case at::kBFloat16:
-      beam_search_cuda<__nv_bfloat16>(p, call.stream);
-      break;
-    default:
-      TORCH_CHECK(false, "beam_search_step: no cuda kernel for dtype ", rows.scalar_type());
-  }
+  with_element_type(rows.scalar_type(),
+                    [&](auto element) { beam_search_cuda<decltype(element)>(p, call.stream); });
   return {tokens, parents, next_scores, finished_scores, finished_parents};
 }
 

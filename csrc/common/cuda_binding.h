@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #ifndef FUSED_ATTN_CUDA_HOST
@@ -42,5 +44,20 @@ struct CudaCall {
 #define FUSED_ATTN_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(fused_attn_C, CUDA, m)
 
 #endif
+
+// Calls function(element), element being of the kernels' type for the dtype.
+template <class Function>
+void with_element_type(at::ScalarType dtype, Function function) {
+  switch (dtype) {
+    case at::kFloat:
+      return function(float{});
+    case at::kHalf:
+      return function(__half{});
+    case at::kBFloat16:
+      return function(__nv_bfloat16{});
+    default:
+      TORCH_CHECK(false, "fused_attn: no CUDA kernel for dtype ", dtype);
+  }
+}
 
 }  // namespace fused_attn

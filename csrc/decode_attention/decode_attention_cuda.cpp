@@ -129,19 +129,8 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& query, const Tensor& k
     p.partial_lse = p.partial + all * Dv;
   }
 
-  switch (query.scalar_type()) {
-    case at::kFloat:
-      launch_dtype<float>(p, call.stream);
-      break;
-    case at::kHalf:
-      launch_dtype<__half>(p, call.stream);
-      break;
-    case at::kBFloat16:
-      launch_dtype<__nv_bfloat16>(p, call.stream);
-      break;
-    default:
-      TORCH_CHECK(false, "decode_attention: no cuda kernel for dtype ", query.scalar_type());
-  }
+  with_element_type(query.scalar_type(),
+                    [&](auto element) { launch_dtype<decltype(element)>(p, call.stream); });
   return {output, lse};
 }
 
