@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_attn import _extension
 from fused_attn.cli import main
 from fused_attn.cli import validate as command
 from fused_attn.ops._cases import Case
@@ -143,6 +144,8 @@ def test_exits_with_1_when_a_named_backend_ran_no_case(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     use(monkeypatch, "right")
+    absent = "runs on cuda tensors only, got cpu"
+    monkeypatch.setattr(_extension, "load_cuda_host", lambda: absent)
     assert main(["validate", "--backend", "cpu", "--backend", "cuda"]) == 1
     error = capsys.readouterr().err
     assert "backend cuda ran no case: runs on cuda tensors only, got cpu" in error

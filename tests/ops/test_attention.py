@@ -790,7 +790,7 @@ def test_errors_of_packed_batches(
     change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=re.escape(f"attention: {message}")):
-        attention(**{**packed_call()[1], **change})
+        attention(**{**packed_call("reference")[1], **change})
 
 
 def test_errors_of_nested_tensors() -> None:
