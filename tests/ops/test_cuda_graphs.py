@@ -1,4 +1,4 @@
-"""GPU backends in a CUDA graph: a captured call replays on new inputs what an eager one computes."""
+"""GPU backends in a CUDA graph: a captured call replays on new inputs what an eager one gives."""
 
 from __future__ import annotations
 
