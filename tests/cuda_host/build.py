@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import importlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -92,14 +94,13 @@ def include_flags() -> list[str]:
     return [f"-I{CSRC}", f"-I{HOST}", *header_flags()]
 
 
-def units(folder: Path, only: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
-    """The CUDA kernels' translation units, written to a folder: csrc/cuda_units.py."""
+def units_module() -> ModuleType:
+    """csrc/cuda_units.py, which setup.py shares: translation units, nvcc's flags."""
     sys.path.insert(0, str(CSRC))
     try:
-        from cuda_units import write_units
+        return importlib.import_module("cuda_units")
     finally:
         sys.path.remove(str(CSRC))
-    return write_units(folder, only)
 
 
 def build(flavour: str = "plain", ops: Sequence[str] = ()) -> Path:
@@ -233,7 +234,7 @@ def _library_lines(flavour: str, ops: Sequence[str], folder: Path, library: Path
         lines.extend([f"build {out}: compile {source}", f"  flags = {' '.join(flags)}"])
 
     kernel_flags = [*FLAVOURS[flavour], *KERNEL_FLAGS, *include_flags()]
-    for unit in units(BUILD / "units"):
+    for unit in units_module().write_units(BUILD / "units"):
         op, kind = unit.stem.split("_cuda_")
         wanted = [_UNIT_OF_DTYPE[dtype] for dtype in SANITIZED[op]]
         if (not ops or op in ops) and (

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-from tests.cuda_host.build import BUILD, CSRC, header_flags, units
+from tests.cuda_host.build import BUILD, CSRC, header_flags, units_module
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 # Shared memory that a block may have, of which these kernels' static part is at most 48 KiB.
@@ -66,7 +67,7 @@ def disassembler() -> Path | None:
 
 def unit_names(only: Mapping[str, Sequence[str]] | None = None) -> list[str]:
     """Names of the translation units, such as ``attention_cuda_half_64``."""
-    return [path.stem for path in units(BUILD / "units", only)]
+    return [path.stem for path in units_module().write_units(BUILD / "units", only)]
 
 
 def compile_unit(name: str, architecture: str) -> Compiled:
@@ -82,7 +83,8 @@ def compile_unit(name: str, architecture: str) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "unit.cubin")
         command = [
-            *[compiler, "-O3", "-std=c++20", "-lineinfo", "-Xptxas", "-v", f"-I{CSRC}", "-cubin"],
+            *[compiler, *units_module().NVCC_FLAGS, *COMMON_NVCC_FLAGS],
+            *["-Xptxas", "-v", f"-I{CSRC}", "-cubin"],
             *[f"-gencode=arch=compute_{code},code=sm_{code}", "-o", str(cubin)],
             str(BUILD / "units" / f"{name}.cu"),
         ]
