@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-CXX_FILES := $(SOURCES) $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp)
+CXX_FILES := $(SOURCES) $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cuh tests/cuda_host/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format docs validate bench gpu clean
