@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._extension import cuda_operators
+from fused_attn import _extension
+
 from .._check import FLOATING
 
 
@@ -29,7 +30,7 @@ def forward(
     sum_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, sum, mean, rstd."""
-    return cuda_operators(x.device).add_layer_norm_forward(
+    return _extension.cuda_operators(x.device).add_layer_norm_forward(
         x, x_bias, residual, weight, bias, seed, eps, dropout_p, is_rms, sum_dtype
     )
 
@@ -53,7 +54,7 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, residual, x_bias, weight and bias."""
-    return cuda_operators(x.device).add_layer_norm_backward(
+    return _extension.cuda_operators(x.device).add_layer_norm_backward(
         grad_output,
         grad_sum,
         x,

@@ -52,7 +52,7 @@ def bias_activation_dropout(
         gated: The activation of one half of ``x`` multiplies the other.
         dropout_p: Probability that an element is dropped, in [0, 1).
         seed: ``[1]`` int64 on the device of ``x``; default: drawn from PyTorch's generator.
-        backend: ``cpu``, ``triton``, ``cuda`` or ``reference``; default: the first that can.
+        backend: ``cpu``, ``triton`` or ``reference``; default: the first that can.
 
     Returns:
         ``[..., F]`` in the dtype of ``x``.
