@@ -167,11 +167,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     p.mean_gy = p.mean_g + rows;
   }
   // One block a multiprocessor, as its registers allow, and as many turns for each.
-  const int64_t tiles = (rows + tiling.rows - 1) / tiling.rows;
-  int64_t programs =
-      std::min<int64_t>(tiles, (call.multiprocessors + tiling.slices - 1) / tiling.slices);
-  const int64_t turns = (tiles + programs - 1) / programs;
-  programs = (tiles + turns - 1) / turns;
+  const int64_t tiles = ceil_div(rows, tiling.rows);
+  int64_t programs = std::min<int64_t>(tiles, ceil_div(call.multiprocessors, tiling.slices));
+  programs = ceil_div(tiles, ceil_div(tiles, programs));
   p.programs = static_cast<int>(programs);
 
   const int kinds = need_x_bias + need_weight + need_bias;

@@ -5,9 +5,7 @@
 
 #include "beam_search/beam_search_cuda.h"
 #include "common/cuda_binding.h"
-
-struct __half;
-struct __nv_bfloat16;
+#include "common/dispatch.h"
 
 namespace fused_attn {
 namespace {
@@ -17,8 +15,6 @@ using at::Tensor;
 // Blocks that a multiprocessor should have before they take more than one chunk each: enough to
 // have loads under way while others choose.
 constexpr int64_t kBlocksPerMultiprocessor = 8;
-
-int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // Arrays in one allocation, each at a multiple of 16 bytes. Counts the bytes first, and hands out
 // pointers when it has a base.

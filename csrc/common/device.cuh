@@ -80,35 +80,6 @@ __device__ __forceinline__ T warp_max(T value) {
   return value;
 }
 
-// Sums over the block. `shared` has kCount * kThreads / 32 elements; between two calls that use
-// the same ones there must be a barrier.
-template <int kThreads, int kCount>
-__device__ __forceinline__ void block_sum(float (&values)[kCount], float* shared) {
-  constexpr int kWarps = kThreads / kWarp;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i]);
-  if constexpr (kWarps > 1) {
-    if (threadIdx.x % kWarp == 0) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) shared[i * kWarps + threadIdx.x / kWarp] = values[i];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      values[i] = 0.0f;
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) values[i] += shared[i * kWarps + warp];
-    }
-  }
-}
-
-template <int kThreads>
-__device__ __forceinline__ float block_sum(float value, float* shared) {
-  float values[1] = {value};
-  block_sum<kThreads>(values, shared);
-  return values[0];
-}
-
 // ---- Random numbers ----------------------------------------------------------------------------
 
 // The four words of counter (counter, 0, 0) of Philox 4x32-10: fused_attn/ops/_philox.py.

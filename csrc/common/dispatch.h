@@ -1,4 +1,4 @@
-// Helpers of the CPU bindings: from torch's arguments to the kernels' own.
+// Helpers of the bindings: from torch's arguments to the kernels' own.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,6 +11,8 @@
 #include "common/strided_rows.h"
 
 namespace fused_attn {
+
+inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 inline DType kernel_dtype(at::ScalarType dtype) {
   switch (dtype) {

@@ -19,8 +19,6 @@ constexpr int64_t kGrain = 1 << 16;
 // The vectors of the widest instruction set.
 constexpr int64_t kMaxLanes = 16;
 
-int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
-
 DecodeTensor unpack(const Tensor& tensor, Tensor& keep_alive) {
   const bool contiguous_rows = tensor.size(3) <= 1 || tensor.stride(3) == 1;
   keep_alive = contiguous_rows ? tensor : tensor.contiguous();

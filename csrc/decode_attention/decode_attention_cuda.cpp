@@ -5,10 +5,8 @@
 #include <optional>
 
 #include "common/cuda_binding.h"
+#include "common/dispatch.h"
 #include "decode_attention/decode_attention_cuda.h"
-
-struct __half;
-struct __nv_bfloat16;
 
 namespace fused_attn {
 namespace {
@@ -23,8 +21,6 @@ constexpr int64_t kMinSplit = 256;
 constexpr int64_t kBlocksPerMultiprocessor = 8;
 // A split begins at a multiple of a warp's step in any dtype.
 constexpr int64_t kSplitMultiple = 64;
-
-int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 DecodeCudaTensor unpack(const Tensor& tensor, Tensor& keep_alive) {
   const bool contiguous_rows = tensor.size(3) <= 1 || tensor.stride(3) == 1;

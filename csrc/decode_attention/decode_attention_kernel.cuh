@@ -876,8 +876,7 @@ __global__ void __launch_bounds__(kThreads, kQueries == 8 || kHeadDim == 256 ? 2
   store_block<float, kQueries, kHeadDim>(p, block, queries, sums, outputs);
 }
 
-// --- merge of splits
-// ------------------------------------------------------------------------------
+// --- merge of splits ----------------------------------------------------------------------------
 
 // A warp a query.
 template <typename T>
