@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .strategies import Constraints, is_integer, per_source
+
 _PROTOCOL = ("bos_token", "eos_token", "max_length", "start", "step", "reorder")
 
 
 @dataclass(frozen=True)
-class Request:
-    """A checked call: what to decode and for how many steps."""
+class Job:
+    """A source that waits for its turn."""
 
+    number: int
+    """Its place among the sources of the call."""
     source: Tensor
-    """``[B, S]``, S the longest source's length."""
-    source_lengths: Tensor
-    """``[B]`` int64."""
-    limits: list[int]
-    """Most steps of each sentence. They depend on that sentence alone."""
-    bos_token: int
-    eos_token: int
+    """``[S]`` tokens or ``[S, ...]`` features."""
+    limit: int
+    """Most steps; depends on this source alone."""
+    prefix: tuple[int, ...] = ()
+    shortlist: tuple[int, ...] | None = None
 
 
-def check_request(
-    search: str,
-    model: Any,
-    source: Tensor,
-    source_lengths: Tensor | None,
-    max_length: int | None,
-    min_length: int,
-) -> Request:
-    """The call with its defaults filled in; reads the lengths back from the device once.
+@dataclass(frozen=True)
+class Lengths:
+    """How long targets may be."""
 
-    Raises:
-        TypeError: ``model`` is no decoder, or an argument is of a wrong type.
-        ValueError: A shape or a number is out of range.
-    """
+    max_length: int | None
+    min_length: int
+
+
+def check_model(search: str, model: Any) -> None:
+    """Raise TypeError unless the model is a decoder."""
     for name in _PROTOCOL:
         if not hasattr(model, name):
             raise TypeError(f"{search}: model must have {name}, got {type(model).__name__}")
@@ -47,36 +46,110 @@ def check_request(
             raise TypeError(
                 f"{search}: the model's {name} must be an int, got {getattr(model, name)!r}"
             )
+
+
+def check_methods(search: str, model: Any, needs: dict[str, bool]) -> None:
+    """Raise TypeError unless the model has the optional methods that are needed."""
+    for name, is_needed in needs.items():
+        if is_needed and not hasattr(model, name):
+            raise TypeError(
+                f"{search}: this call needs a model with {name}, got {type(model).__name__}"
+            )
+
+
+def check_jobs(
+    search: str,
+    model: Any,
+    source: Tensor,
+    source_lengths: Tensor | None,
+    lengths: Lengths,
+    constraints: Constraints,
+) -> list[Job]:
+    """A batch of sources as jobs; reads the lengths back from the device once.
+
+    Raises:
+        TypeError: An argument is of a wrong type.
+        ValueError: A shape or a number is out of range.
+    """
     if not isinstance(source, Tensor):
         raise TypeError(f"{search}: source must be a tensor, got {type(source).__name__}")
     if source.dim() < 2:
         raise ValueError(f"{search}: source must have shape [B, S], got {list(source.shape)}")
     B, S = source.shape[:2]
-    lengths = [S] * B
+    sizes = [S] * B
     if source_lengths is not None:
-        lengths = _read_lengths(search, source_lengths, B)
-    for i, length in enumerate(lengths):
-        if not 1 <= length <= S:
+        sizes = _read_lengths(search, source_lengths, B)
+    for i, size in enumerate(sizes):
+        if not 1 <= size <= S:
             raise ValueError(
-                f"{search}: every source must have 1..{S} tokens (S from source), got {length} "
+                f"{search}: every source must have 1..{S} tokens (S from source), got {size} "
                 f"for sentence {i}"
             )
-    capacity: int | None = model.max_length
-    longest = max(lengths, default=0)
-    if capacity is not None and longest > capacity:
-        raise ValueError(
-            f"{search}: every source must have at most {capacity} tokens (the model's "
-            f"max_length), got {longest} for sentence {lengths.index(longest)}"
+    check_lengths(search, model, lengths)
+    prefixes, shortlists = _per_sentence(search, constraints, B)
+    jobs = []
+    for i, size in enumerate(sizes):
+        why = too_long(search, model, size, i)
+        if why is not None:
+            raise ValueError(why)
+        jobs.append(
+            make_job(search, model, i, source[i, :size], lengths, prefixes[i], shortlists[i])
         )
-    limits = _limits(search, lengths, max_length, min_length, capacity)
-    return Request(
-        # Columns that are padding in every sentence would only cost time.
-        source=source[:, :longest],
-        source_lengths=torch.tensor(lengths, dtype=torch.int64, device=source.device),
-        limits=limits,
-        bos_token=model.bos_token,
-        eos_token=model.eos_token,
+    return jobs
+
+
+def too_long(search: str, model: Any, size: int, number: int) -> str | None:
+    """Why the model cannot read a source of that many tokens; None where it can."""
+    capacity: int | None = model.max_length
+    if capacity is None or size <= capacity:
+        return None
+    return (
+        f"{search}: every source must have at most {capacity} tokens (the model's max_length), got "
+        f"{size} for sentence {number}"
     )
+
+
+def make_job(
+    search: str,
+    model: Any,
+    number: int,
+    source: Tensor,
+    lengths: Lengths,
+    prefix: Sequence[int],
+    shortlist: Sequence[int] | None,
+) -> Job:
+    """A source with its limit.
+
+    Raises:
+        ValueError: The prefix is longer than a target may be.
+    """
+    limit = lengths.max_length
+    if limit is None:
+        limit = max(2 * len(source) + 10, lengths.min_length + 1, len(prefix) + 1)
+        if model.max_length is not None:
+            limit = min(limit, model.max_length)
+    if limit < len(prefix):
+        raise ValueError(
+            f"{search}: max_length must be at least the prefix's {len(prefix)} tokens, got {limit}"
+        )
+    return Job(
+        number, source, limit, tuple(prefix), None if shortlist is None else tuple(shortlist)
+    )
+
+
+def _per_sentence(
+    search: str, constraints: Constraints, B: int
+) -> tuple[list[Sequence[int]], list[Any]]:
+    prefixes = per_source(constraints.prefix, B)
+    shortlists: list[Any] = [None] * B
+    if constraints.shortlist is not None:
+        shortlists = list(per_source(constraints.shortlist, B))
+    for name, rows in (("prefix", prefixes), ("shortlist", shortlists)):
+        if len(rows) != B:
+            raise ValueError(
+                f"{search}: {name} must be one sequence or B = {B} (from source), got {len(rows)}"
+            )
+    return prefixes, shortlists
 
 
 def check_logits(search: str, logits: object, B: int, K: int, eos_token: int) -> None:
@@ -103,9 +176,15 @@ def check_logits(search: str, logits: object, B: int, K: int, eos_token: int) ->
         )
 
 
-def is_integer(value: object) -> bool:
-    """An int, and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def check_weights(search: str, weights: object, coverage: Tensor) -> None:
+    """Raise unless a model's ``cross_attention`` returned ``[B, K, S]``."""
+    if not isinstance(weights, Tensor) or weights.shape[:2] != coverage.shape[:2]:
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        B, K = coverage.shape[:2]
+        raise ValueError(
+            f"{search}: the model's cross_attention must return [B, K, S] with B = {B}, K = {K}, "
+            f"got {got}"
+        )
 
 
 def steps_between_looks(device: torch.device) -> int:
@@ -142,9 +221,15 @@ def _read_lengths(search: str, source_lengths: Tensor, B: int) -> list[int]:
     return source_lengths.tolist()
 
 
-def _limits(
-    search: str, lengths: list[int], max_length: int | None, min_length: int, capacity: int | None
-) -> list[int]:
+def check_lengths(search: str, model: Any, lengths: Lengths) -> None:
+    """Raise unless targets of these lengths are possible.
+
+    Raises:
+        TypeError: A length is no int.
+        ValueError: A length is out of range.
+    """
+    max_length, min_length = lengths.max_length, lengths.min_length
+    capacity: int | None = model.max_length
     for name, value in (("max_length", max_length), ("min_length", min_length)):
         if value is not None and not is_integer(value):
             raise TypeError(f"{search}: {name} must be an int, got {value!r}")
@@ -156,8 +241,7 @@ def _limits(
             f"{min_length}"
         )
     if max_length is None:
-        wanted = [max(2 * length + 10, min_length + 1) for length in lengths]
-        return wanted if capacity is None else [min(limit, capacity) for limit in wanted]
+        return
     if max_length < 1:
         raise ValueError(f"{search}: max_length must be at least 1, got {max_length}")
     if max_length < min_length:
@@ -169,4 +253,3 @@ def _limits(
             f"{search}: max_length must be at most {capacity} (the model's max_length), got "
             f"{max_length}"
         )
-    return [max_length] * len(lengths)

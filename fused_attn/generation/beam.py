@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal, get_args
-
-import torch
 from torch import Tensor
 
-from fused_attn.ops import beam_search_step
-
-from ._finished import Finished, pack_path, read_hypotheses
-from ._history import History
-from ._request import check_logits, check_request, is_integer, steps_between_looks, worth_compacting
+from .generate import all_of, generate
 from .hypothesis import Hypothesis
 from .state import Decoder, State
+from .strategies import BeamSearch, Constraints, Stopping
 
-Stopping = Literal["heuristic", "first", "never"]
-
-_SEARCH = "beam_search"
+_NO_CONSTRAINTS = Constraints()
 
 
-@torch.inference_mode()
 def beam_search(
     model: Decoder[State],
     source: Tensor,
@@ -33,6 +23,7 @@ def beam_search(
     length_penalty: float = 1.0,
     stopping: Stopping = "heuristic",
     num_hypotheses: int = 1,
+    constraints: Constraints = _NO_CONSTRAINTS,
 ) -> list[list[Hypothesis]]:
     """Decode each source with K beams; the results are those of Hugging Face's ``generate``.
 
@@ -54,7 +45,8 @@ def beam_search(
 
     Ties go to the lower beam and token, and to what finished first. A sentence's hypotheses
     depend on that sentence alone, not on the batch it was decoded in (up to the rounding of
-    the model's own arithmetic).
+    the model's own arithmetic). ``generate`` has more options: other length normalisations, a
+    coverage penalty, diverse groups, alignments, results of their own for sentences that fail.
 
     Args:
         model: A decoder; see ``fused_attn.generation.Decoder``.
@@ -70,6 +62,7 @@ def beam_search(
             longer hypotheses.
         stopping: The rule above.
         num_hypotheses: At most K.
+        constraints: What the targets must obey.
 
     Returns:
         For each source its ``num_hypotheses`` best hypotheses, best first; fewer where the
@@ -78,112 +71,25 @@ def beam_search(
     Raises:
         TypeError: ``model`` is no decoder, or an argument is of a wrong type.
         ValueError: A shape or a number is out of range, a source is empty or longer than the
-            model allows, or the model's logits are of a wrong shape or all -inf or NaN.
+            model allows, or the model's logits are of a wrong shape.
+        GenerationError: A sentence has no result, since the model's logits held NaN or left
+            nothing possible. The others' are in it.
 
     Reference: Sutskever et al., 2014, https://arxiv.org/abs/1409.3215; length penalty and
     stopping as documented for ``generate`` in Hugging Face transformers.
     """
-    K = beam_size
-    _check_options(K, length_penalty, stopping, num_hypotheses)
-    request = check_request(_SEARCH, model, source, source_lengths, max_length, min_length)
-    B = len(request.limits)
-    if B == 0:
-        return []
-    device = request.source.device
-    patience = steps_between_looks(device)
-    state = model.start(request.source, request.source_lengths, K)
-    history = History(B, device)
-    last, limit_values = max(request.limits), set(request.limits)
-    limits = torch.tensor(request.limits, device=device)[:, None]  # [B, 1]
-    tokens = torch.full((B, K), request.bos_token, dtype=torch.int64, device=device)
-    # All beams are the same at first: only one may have children.
-    scores = torch.full((B, K), -math.inf, device=device)
-    scores[:, 0] = 0.0
-    done = torch.zeros(B, 1, dtype=torch.bool, device=device)
-    pool = Finished.none(B, K, device)
-    all_beams = torch.arange(K, device=device).expand(B, K)
-    parts: list[tuple[Tensor, Finished]] = []
-
-    for n in range(1, last + 1):
-        logits, state = model.step(tokens, state)
-        check_logits(_SEARCH, logits, len(tokens), K, request.eos_token)
-        step = beam_search_step(logits, scores, eos_token=request.eos_token)
-        history.append(step.tokens, step.parents)
-        tokens, scores = step.tokens, step.scores
-
-        entrants: list[Finished] = []
-        if n > min_length and (patience > 1 or bool((step.finished_scores > -math.inf).any())):
-            entrants.append(
-                _entrants(
-                    step.finished_scores.masked_fill(done, -math.inf),
-                    n**length_penalty,
-                    pack_path(n - 1, step.finished_parents, K, complete=True),
-                )
-            )
-        if n in limit_values:
-            entrants.append(
-                _entrants(
-                    scores.masked_fill(done | (limits != n), -math.inf),
-                    n**length_penalty,
-                    pack_path(n, all_beams[: len(done)], K, complete=False),
-                )
-            )
-        if entrants:
-            pool = pool.merge(entrants)
-        if n == last:
-            break
-
-        worst = pool.scores[:, -1:]  # -inf until the pool is full
-        if stopping == "first":
-            # A beam at -inf has no future either.
-            stops = (worst > -math.inf) | (scores[:, :1] == -math.inf)
-        elif stopping == "never" and length_penalty > 0.0:
-            stops = scores[:, :1] / limits**length_penalty <= worst
-        else:
-            stops = scores[:, :1] / n**length_penalty <= worst
-        done |= stops | (limits <= n)
-
-        rows: Tensor | None = None
-        if n % patience == 0:
-            active = len(done) - int(done.sum())
-            if active == 0:
-                break
-            if worth_compacting(active, len(done)):
-                rows, leaving = (~done[:, 0]).nonzero()[:, 0], done[:, 0].nonzero()[:, 0]
-                parts.append((history.sentences[leaving], pool.rows(leaving)))
-                history.keep(rows)
-                tokens, scores, done, limits = tokens[rows], scores[rows], done[rows], limits[rows]
-                pool = pool.rows(rows)
-        parents = step.parents if rows is None else step.parents[rows]
-        state = model.reorder(state, parents, rows)
-
-    parts.append((history.sentences, pool))
-    found = read_hypotheses(_SEARCH, parts, history, K)
-    return [hypotheses[:num_hypotheses] for hypotheses in found]
-
-
-def _entrants(sums: Tensor, normaliser: float, paths: Tensor) -> Finished:
-    return Finished(sums / normaliser, sums, paths)
-
-
-def _check_options(
-    beam_size: int, length_penalty: float, stopping: str, num_hypotheses: int
-) -> None:
-    for name, value in (("beam_size", beam_size), ("num_hypotheses", num_hypotheses)):
-        if not is_integer(value):
-            raise TypeError(f"{_SEARCH}: {name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{_SEARCH}: {name} must be at least 1, got {value}")
-    if num_hypotheses > beam_size:
-        raise ValueError(
-            f"{_SEARCH}: num_hypotheses must be at most beam_size = {beam_size}, got "
-            f"{num_hypotheses}"
-        )
-    if not isinstance(length_penalty, int | float) or isinstance(length_penalty, bool):
-        raise TypeError(f"{_SEARCH}: length_penalty must be a number, got {length_penalty!r}")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"{_SEARCH}: length_penalty must be finite, got {length_penalty}")
-    if stopping not in get_args(Stopping):
-        raise ValueError(
-            f"{_SEARCH}: stopping must be one of {', '.join(get_args(Stopping))}, got {stopping!r}"
-        )
+    results = generate(
+        model,
+        source,
+        source_lengths,
+        strategy=BeamSearch(
+            beam_size=beam_size,
+            length_penalty=length_penalty,
+            stopping=stopping,
+            num_hypotheses=num_hypotheses,
+        ),
+        constraints=constraints,
+        max_length=max_length,
+        min_length=min_length,
+    )
+    return [result.hypotheses for result in all_of(results)]

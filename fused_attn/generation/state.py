@@ -13,8 +13,23 @@ State = TypeVar("State")
 class Decoder(Protocol[State]):
     """A model that generation can drive; every decoding strategy works with every decoder.
 
-    The state belongs to the search: ``step`` and ``reorder`` may change it in place and return
-    it, and the search uses only what they returned last.
+    The state belongs to the search: the methods may change it in place and return it, and the
+    search uses only what they returned last.
+
+    A decoder may have more, and generation does more with it:
+
+    - ``replace(state, sentences, other) -> state``: source i of ``other``, a state that ``start``
+      has just made, takes the place of source ``sentences[i]`` (``[N]`` int64); the others go on
+      from where they are. Then waiting sources enter a running batch as others finish. Without
+      it a new batch begins when the last source of the old one has finished.
+    - ``cross_attention(state) -> [B, K, S]``: how much the last step looked at each source
+      position, 0 behind the source's length. The coverage penalty needs it.
+    - ``align(source, target, source_lengths, target_lengths) -> [B, T, S]``: how much each
+      position of given targets, which begin with ``bos_token``, looks at each source position.
+      Alignments need it.
+    - ``decodes_on_static_shapes``: True where ``step`` and ``reorder`` use tensors on the device
+      alone, change them in place and keep all shapes, so that a CUDA graph can hold them; and
+      ``reserve(state, capacity) -> state``, which makes room for ``capacity`` positions.
     """
 
     @property
@@ -33,7 +48,7 @@ class Decoder(Protocol[State]):
         ...
 
     def start(self, source: Tensor, source_lengths: Tensor, beam_size: int) -> State:
-        """Read the sources; called once.
+        """Read sources: once at the beginning, and once for those that enter together later.
 
         Args:
             source: ``[B, S]`` token indices (or ``[B, S, ...]`` features), B and S at least 1.
@@ -47,7 +62,7 @@ class Decoder(Protocol[State]):
 
         Args:
             tokens: ``[B, K]`` int64.
-            state: What ``start``, ``step`` or ``reorder`` returned last.
+            state: What ``start``, ``step``, ``reorder`` or ``replace`` returned last.
 
         Returns:
             Logits ``[B, K, V]`` of the token that comes next, and the new state.

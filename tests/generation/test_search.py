@@ -10,9 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_attn.generation import Hypothesis, beam, beam_search, greedy, greedy_search
+from fused_attn.generation import (
+    GenerationError,
+    Hypothesis,
+    _engine,
+    beam_search,
+    greedy_search,
+)
 
-from .toy import EOS, Prefix, PrefixDecoder, every_target, plain_beam_search, score_of
+from .toy import EOS, Plain, Prefix, PrefixDecoder, every_target, plain_beam_search, score_of
 
 
 def batch(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, list[Prefix]]:
@@ -57,7 +63,11 @@ def test_equals_the_documented_algorithm(
         for hypotheses, text in zip(found, sources, strict=True):
             check(
                 hypotheses,
-                plain_beam_search(model, text, beam_size, 9, min_length, length_penalty, stopping),
+                plain_beam_search(
+                    model,
+                    text,
+                    Plain(beam_size, 9, min_length, length_penalty, stopping),
+                ),
             )
 
 
@@ -142,8 +152,7 @@ def test_looking_rarely_changes_nothing(patience: int, monkeypatch: pytest.Monke
     source, lengths, _ = batch([3, 1, 6, 2, 2, 9, 4, 1, 5])
     beams = beam_search(model, source, lengths, beam_size=3, num_hypotheses=3)
     best = greedy_search(model, source, lengths)
-    for module in (beam, greedy):
-        monkeypatch.setattr(module, "steps_between_looks", lambda device: patience)
+    monkeypatch.setattr(_engine, "steps_between_looks", lambda device: patience)
     assert beam_search(model, source, lengths, beam_size=3, num_hypotheses=3) == beams
     assert greedy_search(model, source, lengths) == best
 
@@ -318,8 +327,14 @@ def test_refuses_what_is_no_source(search) -> None:  # type: ignore[no-untyped-d
         (lambda x: x[..., :2], ValueError, "eos_token must be in 0..V-1 with V = 2"),
         (
             lambda x: x * math.nan,
-            ValueError,
-            "logits must be finite for some token at every step, got none for sentence 0",
+            GenerationError,
+            "logits must not hold NaN or .inf, got some at step 1 for sentence 0 .and 1 more",
+        ),
+        (
+            lambda x: x - math.inf,
+            GenerationError,
+            "logits must be finite for some token that may follow at every step, got none for "
+            "sentence 0",
         ),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,42 @@ class PrefixDecoder:
             ],
         )
 
+    def attention(self, source: Prefix, prefix: Prefix) -> list[float]:
+        """What the step that follows a prefix looks at: any numbers that sum to 1."""
+        generator = random.Random(repr((source, prefix, "attention")))
+        weights = [generator.random() ** 3 for _ in source]
+        return [weight / sum(weights) for weight in weights]
+
+    def cross_attention(self, state: PrefixState) -> Tensor:
+        rows = [
+            [self.attention(source, prefix[1:]) for prefix in beams]
+            for source, beams in zip(state.sources, state.prefixes, strict=True)
+        ]
+        S = max(map(len, state.sources))
+        return torch.tensor([[row + [0.0] * (S - len(row)) for row in rows_] for rows_ in rows])
+
+    def align(
+        self, source: Tensor, target: Tensor, source_lengths: Tensor, target_lengths: Tensor
+    ) -> Tensor:
+        weights = torch.zeros(len(source), target.size(1), source.size(1))
+        lengths = zip(source_lengths.tolist(), target_lengths.tolist(), strict=True)
+        for i, (S, T) in enumerate(lengths):
+            for t in range(T):
+                prefix = tuple(target[i, 1 : t + 1].tolist())
+                row = self.attention(tuple(source[i, :S].tolist()), prefix)
+                weights[i, t, :S] = torch.tensor(row)
+        return weights
+
+
+class ReplacingDecoder(PrefixDecoder):
+    """One that lets waiting sources enter a running batch."""
+
+    def replace(self, state: PrefixState, sentences: Tensor, other: PrefixState) -> PrefixState:
+        sources, prefixes = list(state.sources), list(state.prefixes)
+        for i, row in enumerate(sentences.tolist()):
+            sources[row], prefixes[row] = other.sources[i], other.prefixes[i]
+        return PrefixState(sources, prefixes)
+
 
 def every_target(
     model: PrefixDecoder, source: Prefix, max_length: int, min_length: int, length_penalty: float
@@ -115,42 +152,80 @@ def score_of(model: PrefixDecoder, source: Prefix, prefix: Prefix) -> float:
     return sum(model.log_probabilities(source, prefix[:t])[token] for t, token in enumerate(prefix))
 
 
-def plain_beam_search(
-    model: PrefixDecoder,
-    source: Prefix,
-    beam_size: int,
-    max_length: int,
-    min_length: int,
-    length_penalty: float,
-    stopping: str,
-) -> list[tuple[float, Prefix, bool]]:
+@dataclass(frozen=True)
+class Plain:
+    """Options of ``plain_beam_search``, with the names that the library gives them."""
+
+    beam_size: int
+    max_length: int
+    min_length: int = 0
+    length_penalty: float = 1.0
+    stopping: str = "heuristic"
+    length_normalization: str = "power"
+    coverage_penalty: float = 0.0
+    groups: int = 1
+    diversity_penalty: float = 0.0
+    change: Callable[[Prefix, list[float]], list[float]] = lambda prefix, values: values
+    """From a target so far and its log-probabilities to those that constraints leave."""
+
+    def norm(self, length: int) -> float:
+        base = float(length)
+        if self.length_normalization == "gnmt":
+            base = (5 + length) / 6
+        return base**self.length_penalty
+
+    def uncovered(self, model: PrefixDecoder, source: Prefix, prefix: Prefix) -> float:
+        """The coverage penalty of a target for which every step up to that after prefix was."""
+        if self.coverage_penalty == 0.0:
+            return 0.0
+        steps = [model.attention(source, prefix[:t]) for t in range(len(prefix) + 1)]
+        covered = (min(1.0, sum(column)) for column in zip(*steps, strict=True))
+        return self.coverage_penalty * sum(map(math.log, covered))
+
+
+Found = list[tuple[float, Prefix, bool]]
+
+
+def plain_beam_search(model: PrefixDecoder, source: Prefix, options: Plain) -> Found:
     """The documented algorithm on lists, one sentence at a time."""
-    running: list[tuple[float, Prefix]] = [(0.0, ())]
-    pool: list[tuple[float, Prefix, bool]] = []
-    for n in range(1, max_length + 1):
-        candidates = sorted(
-            (
-                (total + value, prefix, token)
-                for total, prefix in running
-                for token, value in enumerate(model.log_probabilities(source, prefix))
-                if value > -math.inf and not (token == EOS and n <= min_length)  # passed over
-            ),
-            key=lambda candidate: -candidate[0],
-        )
-        for total, prefix, token in candidates[:beam_size]:
-            if token == EOS:
-                pool.append((total / n**length_penalty, prefix, True))
-            elif n == max_length:
-                pool.append((total / n**length_penalty, (*prefix, token), False))
-        running = [
-            (total, (*prefix, token)) for total, prefix, token in candidates if token != EOS
-        ][:beam_size]
-        pool = sorted(pool, key=lambda entry: -entry[0])[:beam_size]
-        if not running:
+    width = options.beam_size // options.groups
+    running: list[list[tuple[float, Prefix]]] = [[(0.0, ())] for _ in range(options.groups)]
+    pools: list[Found] = [[] for _ in range(options.groups)]
+    done = [False] * options.groups
+    for n in range(1, options.max_length + 1):
+        chosen: list[int] = []
+        for group in range(options.groups):
+            candidates = []
+            for total, prefix in running[group]:
+                values = options.change(prefix, model.log_probabilities(source, prefix))
+                for token, value in enumerate(values):
+                    value -= options.diversity_penalty * chosen.count(token)
+                    if value > -math.inf and not (token == EOS and n <= options.min_length):
+                        candidates.append((total + value, prefix, token))
+            candidates.sort(key=lambda candidate: -candidate[0])
+            entrants: Found = []
+            for total, prefix, token in candidates[:width]:
+                score = total / options.norm(n) + options.uncovered(model, source, prefix)
+                if token == EOS:
+                    entrants.append((score, prefix, True))
+            going_on = [candidate for candidate in candidates if candidate[2] != EOS][:width]
+            if n == options.max_length:
+                for total, prefix, token in going_on:
+                    score = total / options.norm(n) + options.uncovered(model, source, prefix)
+                    entrants.append((score, (*prefix, token), False))
+            running[group] = [(total, (*prefix, token)) for total, prefix, token in going_on]
+            if done[group]:
+                continue
+            chosen += [token for _, _, token in going_on]
+            pool = sorted(pools[group] + entrants, key=lambda entry: -entry[0])[:width]
+            pools[group] = pool
+            if not going_on:
+                done[group] = True
+            elif len(pool) == width:
+                best = going_on[0][0]
+                reaches = options.stopping == "never" and options.length_penalty > 0
+                horizon = options.norm(options.max_length if reaches else n)
+                done[group] = options.stopping == "first" or best / horizon <= pool[-1][0]
+        if all(done):
             break
-        if len(pool) == beam_size:
-            best = running[0][0]
-            horizon = max_length if stopping == "never" and length_penalty > 0 else n
-            if stopping == "first" or best / horizon**length_penalty <= pool[-1][0]:
-                break
-    return pool
+    return sorted(itertools.chain.from_iterable(pools), key=lambda entry: -entry[0])
