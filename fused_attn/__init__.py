@@ -3,11 +3,13 @@
 from .ops import (
     BeamSearchStep,
     BlockMask,
+    TokenEdits,
     add_layer_norm,
     attention,
     beam_search_step,
     bias_activation_dropout,
     decode_attention,
+    token_edits,
 )
 
 __version__ = "0.1.0"
@@ -15,10 +17,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BeamSearchStep",
     "BlockMask",
+    "TokenEdits",
     "__version__",
     "add_layer_norm",
     "attention",
     "beam_search_step",
     "bias_activation_dropout",
     "decode_attention",
+    "token_edits",
 ]

@@ -2,16 +2,18 @@
 
 from .add_layer_norm import add_layer_norm
 from .attention import BlockMask, attention
-from .beam_search import BeamSearchStep, beam_search_step
+from .beam_search import BeamSearchStep, TokenEdits, beam_search_step, token_edits
 from .bias_activation_dropout import bias_activation_dropout
 from .decode_attention import decode_attention
 
 __all__ = [
     "BeamSearchStep",
     "BlockMask",
+    "TokenEdits",
     "add_layer_norm",
     "attention",
     "beam_search_step",
     "bias_activation_dropout",
     "decode_attention",
+    "token_edits",
 ]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_attn import BeamSearchStep, beam_search_step
-from fused_attn.validation import fused_backends
+from fused_attn.validation import fused_backends, op_cases
 
 from .suite import OpSuite, assert_bit_equal
 
@@ -22,6 +22,12 @@ on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 class TestBeamSearch(OpSuite):
     op = "beam_search"
+    refusals = frozenset(
+        (backend, case.name)
+        for backend in ("cpu", "cuda")
+        for case in op_cases("beam_search")
+        if case.process is not None
+    )
 
 
 def random_inputs(B: int, K: int, V: int, seed: int = 0) -> tuple[Tensor, Tensor]:

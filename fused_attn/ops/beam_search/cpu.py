@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .._check import FLOATING
+from .edits import TokenEdits
 
 
-def unsupported_reasons(logits: Tensor) -> list[str]:
+def unsupported_reasons(
+    logits: Tensor,
+    edits: TokenEdits | None,
+    temperature: Tensor | None,
+    forced_tokens: Tensor | None,
+    shortlist: Tensor | None,
+) -> list[str]:
     """Why this backend cannot run the call; empty if it can."""
     reasons = []
     if logits.dtype not in FLOATING:
         reasons.append(f"dtype {logits.dtype}: float32, float16 or bfloat16 only")
+    if any(x is not None for x in (edits, temperature, forced_tokens, shortlist)):
+        reasons.append("temperature, edits, forced tokens, shortlists: not in the cpu kernels")
     return reasons
 
 
 def step(
-    logits: Tensor, scores: Tensor, eos_token: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, parents, scores, finished scores and finished parents."""
-    return torch.ops.fused_attn_C.beam_search_step(logits, scores, eos_token)
+    logits: Tensor,
+    scores: Tensor,
+    eos_token: int,
+    temperature: Tensor | None,
+    edit_tokens: Tensor | None,
+    edit_factors: Tensor | None,
+    edit_offsets: Tensor | None,
+    forced_tokens: Tensor | None,
+    shortlist: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, parents, scores, finished scores and parents, and invalid."""
+    # In a pass of its own until the kernels return it.
+    wrong = (logits.isnan() | (logits == math.inf)).any(dim=-1) & (scores > -math.inf)
+    results = torch.ops.fused_attn_C.beam_search_step(logits, scores, eos_token)
+    return (*results, wrong.any(dim=1))
