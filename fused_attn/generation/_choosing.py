@@ -9,7 +9,6 @@ from fused_attn.ops import (
     BeamSearchStep,
     TokenEdits,
     beam_search_step,
-    log_probabilities,
     token_edits,
 )
 from fused_attn.ops._philox import random_words
@@ -90,9 +89,7 @@ class Chooser:
             beams = slice(first, first + width)
             chosen = torch.cat(earlier, dim=1) if earlier else None
             edits = self._edits(slots, beams, chosen, strategy.diversity_penalty)
-            step = self._step(
-                logits[:, beams], slots.scores[:, beams], slots, edits, temperature
-            )
+            step = self._step(logits[:, beams], slots.scores[:, beams], slots, edits, temperature)
             steps.append(step)
             # A group that is done, or a beam that is not, chooses nothing.
             is_idle = slots.done[:, first // width, None] | (step.scores == -torch.inf)
@@ -146,14 +143,15 @@ class Chooser:
             history, lengths = slots.prefixes[:, beams], slots.steps[:, 0] + 1
             penalty = slots.scores.new_full((B,), self._penalty)
             ngram = torch.full_like(lengths, self._ngram)
-        biases = [] if self._bias is None else [(part.expand(B, -1)) for part in self._bias]
+        biases = [] if self._bias is None else [tuple(part.expand(B, -1) for part in self._bias)]
         if chosen is not None:
             penalties = slots.scores.new_full(chosen.shape, -diversity_penalty)
-            earlier = [chosen, penalties]
-            biases = [torch.cat(pair, dim=1) for pair in zip(biases, earlier, strict=True)] or (
-                earlier
-            )
-        bias_tokens, bias_values = biases or (None, None)
+            biases.append((chosen, penalties))
+        bias_tokens, bias_values = (
+            (torch.cat(parts, dim=1) for parts in zip(*biases, strict=True))
+            if biases
+            else (None, None)
+        )
         return token_edits(
             history,
             lengths,
@@ -167,10 +165,7 @@ class Chooser:
 
     def _samples(self, strategy: Sampling, logits: Tensor, slots: Slots) -> BeamSearchStep:
         values, invalid = log_probabilities(
-            logits,
-            edits=self._edits(slots),
-            forced_tokens=_forced(slots),
-            shortlist=slots.shortlist,
+            logits, self._edits(slots), _forced(slots), slots.shortlist
         )  # [B, K, V]
         alive = slots.scores > -torch.inf
         too_short = (slots.steps < self._min_length)[:, :, None]
@@ -198,6 +193,42 @@ class Chooser:
 
 def _forced(slots: Slots) -> Tensor | None:
     return None if slots.forced is None else last_row(slots.forced, slots.steps)
+
+
+def log_probabilities(
+    logits: Tensor, edits: TokenEdits | None, forced_tokens: Tensor | None, shortlist: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """All of what ``beam_search_step`` ranks, but for the running scores.
+
+    Returns:
+        ``[B, K, V]`` fp32, -inf where a token cannot follow; and ``[B, K]``, whether the logits
+        held NaN or +inf.
+    """
+    V = logits.size(2)
+    token = torch.arange(V, device=logits.device)
+    wide = logits.float()
+    if shortlist is not None:
+        # One column more takes what is no token.
+        listed = torch.zeros(len(logits), V + 1, dtype=torch.bool, device=logits.device)
+        listed.scatter_(1, _columns(shortlist, V), True)
+        wide = wide.masked_fill(~listed[:, None, :V], -torch.inf)
+    normaliser = wide.logsumexp(dim=2, keepdim=True)
+    invalid = (normaliser.isnan() | (normaliser == torch.inf))[:, :, 0]
+    values = wide - normaliser
+    if edits is not None:
+        shape = (*logits.shape[:2], V + 1)
+        columns = _columns(edits.tokens, V)
+        factors = wide.new_ones(shape).scatter_(2, columns, edits.factors)[:, :, :V]
+        offsets = wide.new_zeros(shape).scatter_(2, columns, edits.offsets)[:, :, :V]
+        values = values * factors + offsets
+    if forced_tokens is not None:
+        forced = forced_tokens[:, None, None]
+        values = values.masked_fill((forced >= 0) & (forced != token), -torch.inf)
+    return values, invalid
+
+
+def _columns(tokens: Tensor, V: int) -> Tensor:
+    return torch.where((tokens >= 0) & (tokens < V), tokens, V)
 
 
 def draw(

@@ -219,7 +219,14 @@ class Engine:
         """Tensors on the device alone, changed in place: a CUDA graph can hold it."""
         slots, K = self.slots, self.settings.beam_size
         logits, self.state = self.model.step(slots.tokens, self.state)
-        check_logits(self.settings.search, logits, len(slots.tokens), K, self.model.eos_token)
+        check_logits(
+            self.settings.search,
+            logits,
+            len(slots.tokens),
+            K,
+            self.model.eos_token,
+            K if self._has_beams else 1,
+        )
         coverage: Tensor | None = None
         if slots.coverage is not None:
             weights = self.model.cross_attention(self.state)
@@ -245,9 +252,7 @@ class Engine:
             width = slots.prefixes.size(2)
             index = step.parents[:, :, None].expand(-1, -1, width)
             slots.prefixes.copy_(slots.prefixes.gather(1, index))
-            slots.prefixes.scatter_(
-                2, n[:, :, None].expand(-1, K, 1), step.tokens[:, :, None]
-            )
+            slots.prefixes.scatter_(2, n[:, :, None].expand(-1, K, 1), step.tokens[:, :, None])
         if coverage is not None:
             index = step.parents[:, :, None].expand(-1, -1, coverage.size(2))
             coverage.copy_(coverage.gather(1, index))

@@ -60,9 +60,7 @@ def read_results(
             taken = taken[np.argsort(-scores[row, taken], kind="stable")]
         for place in taken[:count].tolist():
             path = Path.unpack(int(paths[row, place]), K)
-            entries.append(
-                Entry(row, path, float(scores[row, place]), float(sums[row, place]))
-            )
+            entries.append(Entry(row, path, float(scores[row, place]), float(sums[row, place])))
     hypotheses = read_hypotheses(slots, rows, entries, K)
     if settings.alignments and entries:
         hypotheses = _align(model, [jobs[entry.row] for entry in entries], hypotheses)

@@ -152,8 +152,10 @@ def _per_sentence(
     return prefixes, shortlists
 
 
-def check_logits(search: str, logits: object, B: int, K: int, eos_token: int) -> None:
-    """Raise unless a model's step returned ``[B, K, V]`` with the end token in the vocabulary."""
+def check_logits(
+    search: str, logits: object, B: int, K: int, eos_token: int, beam_size: int
+) -> None:
+    """Raise unless a model's step returned ``[B, K, V]``, of a vocabulary that is large enough."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"{search}: the model's step must return a tensor of logits first, got "
@@ -170,9 +172,10 @@ def check_logits(search: str, logits: object, B: int, K: int, eos_token: int) ->
             f"{search}: the model's eos_token must be in 0..V-1 with V = {V} (from its logits), "
             f"got {eos_token}"
         )
-    if K > V:
+    if beam_size > V:
         raise ValueError(
-            f"{search}: beam_size must be at most V = {V} (from the model's logits), got {K}"
+            f"{search}: beam_size must be at most V = {V} (from the model's logits), got "
+            f"{beam_size}"
         )
 
 

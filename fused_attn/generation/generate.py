@@ -133,31 +133,24 @@ def generate_each(
         if tokens and not is_integer(tokens[0]):
             raise ValueError(f"{search}: {name} must be one sequence for all sources of a stream")
     refused: list[tuple[int, Result]] = []
-    place = None if device is None else torch.device(device)
+    prefix: Any = constraints.prefix
+    shortlist: Any = constraints.shortlist
 
     def jobs() -> Iterator[Job]:
         for number, tokens in enumerate(sources):
-            is_tensor = isinstance(tokens, Tensor)
-            there = place or (tokens.device if is_tensor else torch.device("cpu"))
-            source = (
-                tokens.to(there)
-                if is_tensor
-                else torch.tensor(list(tokens), dtype=torch.int64, device=there)
-            )
+            source: Tensor = tokens if isinstance(tokens, Tensor) else torch.tensor(list(tokens))
+            source = source.to(source.device if device is None else device)
             why = too_long(search, model, len(source), number)
             if len(source) == 0:
                 why = f"{search}: every source must have a token, got none for sentence {number}"
             if why is None:
                 try:
-                    yield make_job(
-                        search, model, number, source, lengths, constraints.prefix, shortlist
-                    )
+                    yield make_job(search, model, number, source, lengths, prefix, shortlist)
                     continue
                 except ValueError as error:
                     why = str(error)
             refused.append((number, Result([], why)))
 
-    shortlist: Any = constraints.shortlist
     queue = jobs()
     first = next(queue, None)
     if first is not None:

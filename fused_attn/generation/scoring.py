@@ -48,7 +48,8 @@ def score(
         GenerationError: A target is impossible, or the model's logits held NaN.
     """
     check_model(_SEARCH, model)
-    forced = Constraints(prefix=[[*target, model.eos_token] for target in targets] or ())
+    prefixes = [[*target, model.eos_token] for target in targets]
+    forced = Constraints(prefix=prefixes)
     jobs = check_jobs(_SEARCH, model, source, source_lengths, Lengths(None, 0), Constraints())
     if len(targets) != len(jobs):
         raise ValueError(
@@ -65,7 +66,7 @@ def score(
             )
     jobs = [
         Job(job.number, job.source, len(prefix), tuple(prefix))
-        for job, prefix in zip(jobs, forced.prefix, strict=True)
+        for job, prefix in zip(jobs, prefixes, strict=True)
     ]
     settings = make_settings(
         model, Greedy(), forced, Lengths(None, 0), batch_size, jobs[0].source, search=_SEARCH

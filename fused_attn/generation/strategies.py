@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Stopping = Literal["first", "heuristic", "never"]
+Stopping = Literal["heuristic", "first", "never"]
 LengthNormalization = Literal["power", "gnmt"]
 
 
@@ -189,8 +189,8 @@ class Constraints:
         _check_tokens("token_bias", list(self.token_bias))
         for value in self.token_bias.values():
             _check_number("constraints", "token_bias's values", value)
-        for name, value in (("prefix", self.prefix), ("shortlist", self.shortlist)):
-            for tokens in per_source(value, 1) if value is not None else ():
+        for name, rows in (("prefix", self.prefix), ("shortlist", self.shortlist)):
+            for tokens in per_source(rows, 1) if rows is not None else ():
                 _check_tokens(name, tokens)
 
     @property

@@ -104,9 +104,7 @@ def _settled(engine: Engine, row: int) -> list[int]:
         return settled
     path = Path.unpack(int(slots.pool_paths[row, 0]), engine.settings.beam_size)
     rows = torch.tensor([row], device=engine.device)
-    [best] = read_hypotheses(
-        slots, rows, [Entry(0, path, score, 0.0)], engine.settings.beam_size
-    )
+    [best] = read_hypotheses(slots, rows, [Entry(0, path, score, 0.0)], engine.settings.beam_size)
     common = 0
     for token, other in zip(settled, best.tokens, strict=False):
         if token != other:

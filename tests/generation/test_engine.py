@@ -151,7 +151,7 @@ def test_constraints_are_those_of_the_documentation(name: str, beam_size: int) -
 
 
 def test_a_prefix_and_a_shortlist_for_each_source() -> None:
-    source, lengths, sources = batch([3, 5, 2])
+    source, lengths, _ = batch([3, 5, 2])
     model = ReplacingDecoder(end_bonus=1.0)
     prefixes = [[], [4, 4], [7]]
     shortlists = [[EOS, 3, 4], [EOS, 4, 5, 6, 7], [EOS, 7]]
@@ -203,7 +203,9 @@ def test_penalties_are_those_of_the_documentation(options: dict[str, Any], stopp
         assert len(result.hypotheses) == len(expected)
         # Equal scores of different groups stand in any order.
         key = lambda entry: (-round(entry[0], 4), entry[1])  # noqa: E731
-        actual = sorted(((h.score, tuple(h.tokens), h.complete) for h in result.hypotheses), key=key)
+        actual = sorted(
+            ((h.score, tuple(h.tokens), h.complete) for h in result.hypotheses), key=key
+        )
         for ours, theirs in zip(actual, sorted(expected, key=key), strict=True):
             assert ours[1:] == theirs[1:]
             assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
@@ -214,10 +216,11 @@ def test_groups_without_a_penalty_repeat_each_other() -> None:
     model = PrefixDecoder(end_bonus=2.0)
     narrow = beam_search(model, source, lengths, beam_size=2, num_hypotheses=2)
     strategy = BeamSearch(beam_size=6, num_hypotheses=6, groups=3)
-    for result, two in zip(generate(model, source, lengths, strategy=strategy), narrow, strict=True):
-        assert Counter(str(h) for h in result.hypotheses) == Counter(
-            {str(h): 3 for h in [*two]}
-        ) or [h.tokens for h in result.hypotheses[::3]] == [h.tokens for h in two]
+    for result, two in zip(
+        generate(model, source, lengths, strategy=strategy), narrow, strict=True
+    ):
+        repeated = [h.tokens for h in two for _ in range(3)]
+        assert [h.tokens for h in result.hypotheses] == repeated
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -269,9 +272,7 @@ def test_score_of_given_targets_is_that_of_the_search() -> None:
     model = ReplacingDecoder(end_bonus=2.5)
     found = [result.best for result in generate(model, source, lengths, max_length=30)]
     assert all(hypothesis.complete for hypothesis in found)
-    scored = score(
-        model, source, [h.tokens for h in found], lengths, batch_size=4, alignments=True
-    )
+    scored = score(model, source, [h.tokens for h in found], lengths, batch_size=4, alignments=True)
     for ours, theirs in zip(scored, found, strict=True):
         assert (ours.tokens, ours.complete) == (theirs.tokens, True)
         assert ours.log_probability == pytest.approx(theirs.log_probability, rel=1e-5)
@@ -282,7 +283,7 @@ def test_score_of_given_targets_is_that_of_the_search() -> None:
         assert ours.alignment.shape[0] == len(ours.tokens) + 1
     with pytest.raises(ValueError, match=r"score: targets must be B = 9 sequences"):
         score(model, source, [[5]], lengths)
-    with pytest.raises(ValueError, match="fewer than 3 tokens .* got 3 for sentence 1"):
+    with pytest.raises(ValueError, match=r"fewer than 3 tokens .* got 3 for sentence 1"):
         score(PrefixDecoder(max_length=3), source[:2, :1], [[5], [5, 5, 5]])
     with pytest.raises(GenerationError, match="got none for sentence 1"):
         score(PrefixDecoder(usable=(5,)), source[:2], [[5], [6]])
@@ -300,9 +301,7 @@ def test_alignments_are_those_of_the_winning_path() -> None:
     for result, text in zip(found, sources, strict=True):
         for hypothesis in result.hypotheses:
             steps = len(hypothesis.tokens) + hypothesis.complete
-            expected = [
-                model.attention(text, tuple(hypothesis.tokens[:t])) for t in range(steps)
-            ]
+            expected = [model.attention(text, tuple(hypothesis.tokens[:t])) for t in range(steps)]
             torch.testing.assert_close(hypothesis.alignment, torch.tensor(expected))
 
 
@@ -383,9 +382,7 @@ def test_a_stream_of_sources() -> None:
     )
     assert list(generate_each(model, [])) == []
     assert [r.error is None for _, r in generate_each(model, [()])] == [False]
-    limited = generate_each(
-        model, [(5,)], constraints=Constraints(prefix=[4] * 21)
-    )
+    limited = generate_each(model, [(5,)], constraints=Constraints(prefix=[4] * 21))
     assert "at least the prefix's 21 tokens, got 20" in str(next(limited)[1].error)
     with pytest.raises(ValueError, match="prefix must be one sequence for all sources"):
         list(generate_each(model, [(5,)], constraints=Constraints(prefix=[[4], [5]])))
@@ -665,7 +662,11 @@ def test_when_a_step_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: BeamSearch(groups=3), ValueError, "groups must divide beam_size = 4, got 3"),
         (lambda: BeamSearch(groups=0), ValueError, "groups must be at least 1, got 0"),
         (lambda: BeamSearch(temperature=0.0), ValueError, "temperature must be above 0, got 0.0"),
-        (lambda: BeamSearch(coverage_penalty=-1.0), ValueError, "coverage_penalty must be at least"),
+        (
+            lambda: BeamSearch(coverage_penalty=-1.0),
+            ValueError,
+            "coverage_penalty must be at least",
+        ),
         (
             lambda: BeamSearch(length_normalization="wu"),  # type: ignore[arg-type]
             ValueError,
