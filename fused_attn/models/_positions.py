@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class SinusoidalPositions(nn.Module):
@@ -37,6 +38,10 @@ class SinusoidalPositions(nn.Module):
         """``[end - start, E]``: the vectors of positions start..end-1."""
         return self.table[start:end]
 
+    def at(self, positions: Tensor) -> Tensor:
+        """``[..., E]``: the vectors of positions ``[...]``."""
+        return F.embedding(positions, self.table)
+
 
 class LearnedPositions(nn.Module):
     """One trained vector a position.
@@ -54,3 +59,7 @@ class LearnedPositions(nn.Module):
     def forward(self, start: int, end: int) -> Tensor:
         """``[end - start, E]``: the vectors of positions start..end-1."""
         return self.weight[start:end]
+
+    def at(self, positions: Tensor) -> Tensor:
+        """``[..., E]``: the vectors of positions ``[...]``."""
+        return F.embedding(positions, self.weight)

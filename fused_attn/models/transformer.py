@@ -10,27 +10,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_attn.nn import (
+    AddLayerNorm,
+    LayerNorm,
+    MaskedBatchNorm,
     MultiheadAttention,
+    PowerNorm,
+    RMSNorm,
     TransformerDecoder,
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
     make_norm,
 )
+from fused_attn.nn.packed import PackedLinear, can_pack, packing_unavailable_reason
 
 from ._positions import LearnedPositions, SinusoidalPositions
 from .config import TransformerConfig
-from .transformer_state import KeyValueCache, TransformerState
+from .transformer_decoding import Program, TransformerDecoding
+from .transformer_packed import Fingerprint, PackedTransformer
+from .transformer_state import Position, TransformerState
 
 _NAME = "Transformer"
 
 
-class Transformer(nn.Module):
+class Transformer(TransformerDecoding, nn.Module):
     """Encoder-decoder Transformer over token indices, for training and for generation.
 
     Training calls ``forward`` (or ``decode`` and ``project``, to project chosen positions
-    only). Generation calls ``start``, ``step`` and ``reorder``; see
-    ``fused_attn.generation.Decoder``. Sequences are ``[B, S]`` and ``[B, T]``, padded at their
+    only). Generation calls ``start``, ``step``, ``reorder`` and ``replace``; see
+    ``fused_attn.generation.Decoder``. On a CPU, in fp32, it computes with a packed copy of the
+    weights, made by the first ``start`` and again by the first one after any weight changed; it
+    is in no state dict and in no copy of the model. Sequences are ``[B, S]`` and ``[B, T]``, padded at their
     end; positions at and behind their length are never looked at, whatever they hold, and what
     comes out there is unspecified.
 
@@ -43,6 +53,9 @@ class Transformer(nn.Module):
 
     Reference: Vaswani et al., 2017. https://arxiv.org/abs/1706.03762
     """
+
+    # The packed copy of the weights with what it was made of; no module, so in no state dict.
+    _packed: tuple[Fingerprint, PackedTransformer] | None = None
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -98,21 +111,6 @@ class Transformer(nn.Module):
                 nn.init.normal_(positions.weight, std=std)
         if self.output_projection is not None:
             nn.init.normal_(self.output_projection.weight, std=std)
-
-    @property
-    def bos_token(self) -> int:
-        """Starts every target."""
-        return self.config.bos_token
-
-    @property
-    def eos_token(self) -> int:
-        """Ends a target."""
-        return self.config.eos_token
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens in a source, and in a target with its first."""
-        return self.config.max_length
 
     @property
     def output_weight(self) -> Tensor:
@@ -229,57 +227,55 @@ class Transformer(nn.Module):
         chosen.connect(x, self_attention, cross_attention)
         return found[0]
 
-    @torch.no_grad()
-    def start(self, source: Tensor, source_lengths: Tensor, beam_size: int) -> TransformerState:
-        """Encode the sources for generation; see ``fused_attn.generation.Decoder``.
+    def align(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_lengths: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Where each token of a given target looks; see ``fused_attn.generation.Decoder``.
+
+        ``cross_attention_weights`` of the last layer, 0 behind the targets' lengths.
+
+        Args:
+            source: ``[B, S]`` token indices.
+            target: ``[B, T]`` token indices, beginning with ``bos_token``. Row t is of the step
+                that reads ``target[:, t]`` and predicts what follows.
+            source_lengths: ``[B]``. Default: all S.
+            target_lengths: ``[B]``. Default: all T.
+
+        Returns:
+            ``[B, T, S]``.
 
         Raises:
-            RuntimeError: The model is in training mode.
+            ValueError: As ``forward``.
         """
+        weights = self.cross_attention_weights(source, target, source_lengths)
+        if target_lengths is None:
+            return weights
+        behind = torch.arange(target.size(1), device=target.device) >= target_lengths[:, None]
+        return weights.masked_fill(behind[:, :, None], 0.0)
+
+    def _program(self) -> Program:
+        """The packed copy where there can be one, made anew if a weight has changed since."""
         if self.training:
             raise RuntimeError(
                 f"{_NAME}: generation needs the model in evaluation mode (model.eval()), got "
                 "training mode"
             )
-        memory = self.encode(source, source_lengths)
-        layers: Any = self.decoder.layers
-        projected = [layer.multihead_attn.project_key_value(memory, memory) for layer in layers]
-        return TransformerState(
-            source_lengths=source_lengths,
-            # A head's keys next to each other: every step reads them all.
-            memory_keys=[keys.contiguous() for keys, _ in projected],
-            memory_values=[values.contiguous() for _, values in projected],
-            cache=KeyValueCache(len(projected), beam_size, self.config.max_length),
-        )
+        if not _can_pack(self):
+            self._packed = None
+            return _Modules(self)
+        if self._packed is None or not self._packed[0].holds():
+            self._packed = None  # before its successor needs the memory
+            self._packed = Fingerprint(self), PackedTransformer(self, PackedLinear)
+        return self._packed[1]
 
-    @torch.no_grad()
-    def step(self, tokens: Tensor, state: TransformerState) -> tuple[Tensor, TransformerState]:
-        """Append tokens ``[B, K]`` and return the next ones' logits ``[B, K, V]``.
-
-        Raises:
-            ValueError: The targets have ``config.max_length`` tokens already.
-        """
-        position = state.cache.length
-        if position >= self.config.max_length:
-            raise ValueError(
-                f"{_NAME}: target must have at most {self.config.max_length} tokens "
-                f"(config.max_length), got {position + 1}"
-            )
-        x = F.embedding(tokens, self.target_embedding.weight) * math.sqrt(self.config.d_model)
-        x = x + self.target_positions(position, position + 1)  # [B, K, E]
-        for index, layer in enumerate(self.decoder.layers):
-            x = _layer_step(layer, x, state, index)
-        state.cache.advance()
-        if self.decoder.norm is not None:
-            x = self.decoder.norm(x)
-        return self.project(x), state
-
-    @torch.no_grad()
-    def reorder(
-        self, state: TransformerState, parents: Tensor, sentences: Tensor | None = None
-    ) -> TransformerState:
-        """Let targets continue others; see ``fused_attn.generation.Decoder``."""
-        state.reorder(parents, sentences)
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the packed copy, which is made again where it is needed."""
+        state = self.__dict__.copy()
+        state.pop("_packed", None)
         return state
 
     def _embed(self, tokens: Tensor, weight: Tensor, positions: nn.Module) -> Tensor:
@@ -306,7 +302,48 @@ class Transformer(nn.Module):
             )
 
 
-def _layer_step(layer: Any, x: Tensor, state: TransformerState, index: int) -> Tensor:
+class _Modules:
+    """Generation through the model's own modules: on any device, in any dtype, whatever is hooked.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+
+    def read(self, source: Tensor, source_lengths: Tensor) -> Tensor:
+        """``[L, 2, B, H, S, D]``, keys and values for each layer's cross-attention."""
+        memory = self._model.encode(source, source_lengths)
+        layers: Any = self._model.decoder.layers
+        return torch.stack(
+            [
+                torch.stack(layer.multihead_attn.project_key_value(memory, memory))
+                for layer in layers
+            ]
+        )
+
+    def step(self, tokens: Tensor, state: TransformerState) -> Tensor:
+        """Logits ``[B, K, V]`` after tokens ``[B, K]``; extends ``state.cache``."""
+        model = self._model
+        position = state.cache.begin()
+        x = F.embedding(tokens, model.target_embedding.weight) * math.sqrt(model.config.d_model)
+        positions: Any = model.target_positions
+        if position.common is not None:
+            x = x + positions(position.common, position.common + 1)  # [B, K, E]
+        else:
+            x = x + positions.at(position.rows).view(x.shape)
+        for index, layer in enumerate(model.decoder.layers):
+            x = _layer_step(layer, x, state, index, position)
+        state.cache.advance()
+        if model.decoder.norm is not None:
+            x = model.decoder.norm(x)
+        return model.project(x)
+
+
+def _layer_step(
+    layer: Any, x: Tensor, state: TransformerState, index: int, position: Position
+) -> Tensor:
     """Decoder layer ``index`` on the next position ``[B, K, E]`` of K targets a source.
 
     They are B * K rows of one query. Those of a source share its keys and values, and the part of
@@ -316,22 +353,61 @@ def _layer_step(layer: Any, x: Tensor, state: TransformerState, index: int) -> T
     def self_attention(hidden: Tensor) -> Tensor:
         rows = hidden.view(-1, 1, hidden.size(-1))  # [B * K, 1, E]
         query, key, value = layer.self_attn.project(rows, rows, rows)
-        keys, values = state.cache.append(index, key, value)
-        output = layer.self_attn.attend_to_cache(query, keys, values, ancestry=state.cache.ancestry)
+        entries = torch.stack((key[:, :, 0], value[:, :, 0]), dim=1)  # [B * K, 2, H, D]
+        keys, values = state.cache.append(index, position, entries)
+        output = layer.self_attn.attend_to_cache(
+            query, keys, values, key_lengths=position.key_lengths, ancestry=position.ancestry
+        )
         return output.view(hidden.shape)
 
     def cross_attention(hidden: Tensor) -> Tensor:
         rows = hidden.view(-1, 1, hidden.size(-1))
-        output = layer.multihead_attn.attend_to_cache(
-            layer.multihead_attn.project_query(rows),
-            state.memory_keys[index],
-            state.memory_values[index],
+        query = layer.multihead_attn.project_query(rows)
+        output, lse = layer.multihead_attn.attend_to_cache(
+            query,
+            state.memory[index, 0],
+            state.memory[index, 1],
             key_lengths=state.source_lengths,
             is_causal=False,
+            return_lse=True,
         )
+        state.looked = query, lse
         return output.view(hidden.shape)
 
     return layer.connect(x, self_attention, cross_attention)
+
+
+_PLAIN = (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    LearnedPositions,
+    SinusoidalPositions,
+    AddLayerNorm,
+    LayerNorm,
+    MaskedBatchNorm,
+    PowerNorm,
+    RMSNorm,
+    nn.Dropout,
+    nn.Embedding,
+    nn.ModuleList,
+)
+
+
+def _can_pack(model: Transformer) -> bool:
+    """Whether packed weights can compute what the modules would."""
+    norm_first = model.config.norm_first
+    stacks: tuple[Any, ...] = (model.encoder, model.decoder)
+    return (
+        packing_unavailable_reason() == ""
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and can_pack(model, *_PLAIN)
+        and all((stack.norm is not None) == norm_first for stack in stacks)
+        and all(layer.norm_first == norm_first for stack in stacks for layer in stack.layers)
+    )
 
 
 def _layer_arguments(config: TransformerConfig) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def activation_function(name: str, activation: str | Activation) -> Activation:
 
 def hidden_width(dim_feedforward: int, activation: Activation) -> int:
     """Outputs of the first linear layer: twice as many where half of them are gates."""
-    fused = _fused_form(activation)
+    fused = fused_activation(activation)
     return 2 * dim_feedforward if fused is not None and fused.gated else dim_feedforward
 
 
@@ -84,7 +84,7 @@ def feed_forward(layer: Layer, x: Tensor) -> Product:
     The first bias, activation and dropout are one kernel where the activation is one that it knows.
     """
     dropout_p = active_p(layer.dropout)
-    fused = _fused_form(layer.activation)
+    fused = fused_activation(layer.activation)
     if fused is None:
         hidden = F.dropout(layer.activation(layer.linear1(x)), dropout_p)
         return product_of(layer.linear2, hidden)
@@ -99,7 +99,8 @@ def feed_forward(layer: Layer, x: Tensor) -> Product:
     return product_of(layer.linear2, hidden)
 
 
-def _fused_form(activation: Activation) -> FusedActivation | None:
+def fused_activation(activation: Activation) -> FusedActivation | None:
+    """What the kernel knows the activation as; None where it does not."""
     if isinstance(activation, FusedActivation):
         return activation
     for function, name in ((F.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu")):

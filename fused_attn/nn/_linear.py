@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
@@ -48,7 +48,7 @@ def is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
     """Whether a module is of just one of these types, and nothing observes or replaces its call."""
     return (
         type(module) in types
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
-        and not any(getattr(torch_module, "_global" + hooks) for hooks in _HOOKS)
+        and not any(getattr(module, hooks) for hooks in HOOKS)
+        and not any(getattr(torch_module, "_global" + hooks) for hooks in HOOKS)
         and "forward" not in module.__dict__
     )

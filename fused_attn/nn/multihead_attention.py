@@ -306,7 +306,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         key_lengths: Tensor | None = None,
         ancestry: Tensor | None = None,
         is_causal: bool = True,
-    ) -> Tensor:
+        return_lse: bool = False,
+    ) -> Any:
         """``attend`` for a step of generation: few queries, no gradient, no dropout.
 
         The arguments are those of ``fused_attn.ops.decode_attention``.
@@ -318,11 +319,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_lengths: ``[R]`` or ``[C]``.
             ancestry: ``[B, K, S]``: where each of K beams reads each position, R = C = B * K.
             is_causal: The queries are the last T of their keys.
+            return_lse: Return the log-sum-exp of each query's logits as well.
 
         Returns:
-            ``[R, T, E]``, or ``[T, R, E]`` without ``batch_first``.
+            ``[R, T, E]``, or ``[T, R, E]`` without ``batch_first``; with ``return_lse`` also
+            ``[R, H, T]`` fp32.
         """
-        context, _ = decode_attention(
+        context, lse = decode_attention(
             q,
             k,
             v,
@@ -331,7 +334,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal=is_causal,
             return_lse=True,
         )
-        return self._merge(context)
+        output = self._merge(context)
+        return (output, lse) if return_lse else output
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, output_bias: bool = True

@@ -1,0 +1,232 @@
+"""Linear layers for inference on a CPU whose weights lie as the matrix product reads them.
+
+``F.linear`` rearranges its weight in every call, which at the few rows of a step of generation
+costs as much as the product, and sums in an order that depends on the number of rows. oneDNN can
+rearrange once, and then sums each row in one order whatever stands beside it: a row of the result
+has the same bits in every batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fused_attn.ops import add_layer_norm, bias_activation_dropout
+
+from ._feed_forward import fused_activation
+from ._linear import HOOKS, Product
+from .layer_norm import AddLayerNorm, LayerNorm, RMSNorm
+from .multihead_attention import MultiheadAttention
+
+# Rows for which oneDNN chooses the layout: a step of a batch. It serves other numbers as well.
+_TYPICAL_ROWS = 64
+
+
+class InferenceLinear(Protocol):
+    """A linear layer ``[M, in] -> [M, out]`` that is called with rows."""
+
+    def __call__(self, rows: Tensor, activation: str = "none") -> Tensor:
+        """``rows @ weight^T + bias``, then ``"relu"`` where that is the activation."""
+        ...
+
+
+LinearFactory = Callable[[Tensor, Tensor | None], InferenceLinear]
+
+
+def packing_unavailable_reason() -> str:
+    """Why :class:`PackedLinear` cannot work in this installation; empty if it can."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this torch does not offer oneDNN's linear layer with a packed weight"
+    return ""
+
+
+class PackedLinear:
+    """``F.linear`` in fp32 with the weight in oneDNN's own layout.
+
+    Each row of the result depends on its row of the input alone, to the last bit.
+
+    Args:
+        weight: ``[out, in]`` fp32 on the CPU; copied.
+        bias: ``[out]``; kept as it is and read in every call.
+
+    Raises:
+        RuntimeError: torch lacks oneDNN.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        reason = packing_unavailable_reason()
+        if reason:
+            raise RuntimeError(f"PackedLinear: weight cannot be packed: {reason}")
+        weight = weight.detach().contiguous()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+        self.bias = None if bias is None else bias.detach()
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, rows: Tensor, activation: str = "none") -> Tensor:
+        """``rows @ weight^T + bias``, then the activation.
+
+        Args:
+            rows: ``[M, in]`` fp32.
+            activation: ``"none"`` or ``"relu"``.
+        """
+        if rows.size(0) == 1:
+            # A single row is another kernel of oneDNN's, which sums in another order.
+            pair = rows.expand(2, -1).contiguous()
+            return self._product(pair, self.weight, self.bias, activation, [], "")[:1]
+        return self._product(rows, self.weight, self.bias, activation, [], "")
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """The products of a :class:`MultiheadAttention`, its attention left to the caller.
+
+    The output projection's bias is left to the kernel that comes next.
+    """
+
+    num_heads: int
+    query_key_value: InferenceLinear | None
+    """``[M, E] -> [M, 3 E]``; for self-attention."""
+    query: InferenceLinear | None
+    """``[M, E] -> [M, E]``; for cross-attention, like the next."""
+    key_value: InferenceLinear | None
+    """``[M, E] -> [M, 2 E]``."""
+    output: InferenceLinear
+    output_bias: Tensor | None
+
+    @classmethod
+    def of(cls, module: MultiheadAttention, linear: LinearFactory, *, cross: bool) -> Any:
+        """Pack one module's weights; ``can_pack`` must hold."""
+        weight, bias, E = module.in_proj_weight, module.in_proj_bias, module.embed_dim
+        head, tail = (None, None) if bias is None else (bias[:E], bias[E:])
+        return cls(
+            num_heads=module.num_heads,
+            query_key_value=None if cross else linear(weight, bias),
+            query=linear(weight[:E], head) if cross else None,
+            key_value=linear(weight[E:], tail) if cross else None,
+            output=linear(module.out_proj.weight, None),
+            output_bias=module.out_proj.bias,
+        )
+
+
+class PackedFeedForward:
+    """The feed-forward network of a Transformer layer, the last bias left to the caller.
+
+    Args:
+        layer: Has ``linear1``, ``activation`` and ``linear2``.
+        linear: Packs a weight.
+    """
+
+    def __init__(self, layer: Any, linear: LinearFactory) -> None:
+        fused = fused_activation(layer.activation)
+        self._activation = layer.activation if fused is None else fused
+        self._relu = fused is not None and fused.unit == "relu" and not fused.gated
+        bias = layer.linear1.bias
+        self._bias = None if fused is None or self._relu else bias
+        self._hidden = linear(layer.linear1.weight, None if self._bias is not None else bias)
+        self._output = linear(layer.linear2.weight, None)
+        self._output_bias = layer.linear2.bias
+        self._fused = fused
+
+    def __call__(self, rows: Tensor) -> Product:
+        """``[M, E] -> [M, E]`` and the bias."""
+        if self._relu:
+            hidden = self._hidden(rows, "relu")
+        elif self._fused is None:
+            hidden = self._activation(self._hidden(rows))
+        else:
+            hidden = bias_activation_dropout(
+                self._hidden(rows),
+                self._bias,
+                activation=self._fused.unit,
+                gated=self._fused.gated,
+            )
+        return Product(self._output(hidden), self._output_bias)
+
+
+class InferenceNorm:
+    """A normalisation of ``residual + x + x_bias``, with the parameters that the module has then.
+
+    Args:
+        module: One of ``make_norm``'s.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module: Any = module
+        self._name = None
+        if type(module) in (LayerNorm, AddLayerNorm) and len(module.normalized_shape) == 1:
+            self._name = "layer_norm"
+        elif type(module) is RMSNorm and len(module.normalized_shape) == 1 and module.eps:
+            self._name = "rms_norm"
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        x_bias: Tensor | None = None,
+        return_sum: bool = False,
+    ) -> Any:
+        """Normalised rows ``[M, E]``; with ``return_sum`` also the sum."""
+        module = self._module
+        if self._name is None:
+            return module(x, residual, x_bias=x_bias, return_sum=return_sum)
+        return add_layer_norm(
+            x,
+            residual,
+            module.weight,
+            module.bias if self._name == "layer_norm" else None,
+            x_bias=x_bias,
+            norm=self._name,
+            eps=module.eps,
+            return_sum=return_sum,
+        )
+
+
+def can_pack(model: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether packed layers can stand in for a model's without anybody noticing.
+
+    Every module must be of just one of the types, or one whose products are packed here; nothing
+    may observe or replace a module's call; parameters are contiguous fp32 on the CPU; and the model
+    is in evaluation mode.
+
+    Args:
+        model: Made of this package's layers.
+        types: Modules that need no packing.
+    """
+    known = {*types, nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear}
+    if any(getattr(torch_module, "_global" + hooks) for hooks in HOOKS):
+        return False
+    for module in model.modules():
+        if type(module) is MultiheadAttention:
+            if (
+                module.in_proj_weight is None
+                or module.bias_k is not None
+                or module.add_zero_attn
+                or not module.batch_first
+            ):
+                return False
+        elif type(module) not in known:
+            return False
+        if module.training or is_observed(module):
+            return False
+    return all(
+        parameter.device.type == "cpu"
+        and parameter.dtype == torch.float32
+        and parameter.layout == torch.strided
+        and parameter.is_contiguous()
+        for parameter in model.parameters()
+    )
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether something observes or replaces the module's call."""
+    return (
+        any(getattr(module, hooks) for hooks in HOOKS) or "forward" in module.__dict__
+    )
+
