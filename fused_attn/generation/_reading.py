@@ -97,7 +97,7 @@ def read_hypotheses(
         length = entry.path.length
         steps = np.diff(totals[i, : length + 1]).tolist()
         if entry.path.complete:
-            steps.append(entry.total - totals[i, length])
+            steps.append(entry.total - float(totals[i, length]))
         found.append(
             Hypothesis(
                 tokens[i, :length].tolist(),
