@@ -20,6 +20,10 @@ from fused_attn.ops import attention, decode_attention
 
 from .transformer_state import TransformerState
 
+# Sources are padded to this: attention of fewer queries is another kernel, which sums in another
+# order, and a source's bits are to be the same in a longer batch.
+_FEWEST_POSITIONS = 9
+
 Branch = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -69,20 +73,22 @@ class PackedTransformer:
 
     def read(self, source: Tensor, source_lengths: Tensor) -> Tensor:
         """Encode ``[B, S]``: ``[L, 2, B, H, S, D]``, keys and values for cross-attention."""
-        B, S = source.shape
+        B, length = source.shape
         H, D = self._heads, self._head_size
         x = F.embedding(source, self._source_embedding.weight).mul_(self._scale)
-        x = x.add_(self._source_positions(0, S)).view(B * S, -1)
+        x = x.add_(self._source_positions(0, length))
+        S = max(length, _FEWEST_POSITIONS)
+        x = F.pad(x, (0, 0, 0, S - length)).view(B * S, -1)
         branches: list[Branch] = []
         for self_attention, feed_forward in self._encoder:
             branches.append(_encoder_attention(self_attention, B, S, source_lengths))
             branches.append(feed_forward)
         x = _connect(x, branches, self._encoder_norms, self._norm_first)
-        memory = x.new_empty(len(self._decoder), 2, B, H, S, D)
+        memory = x.new_empty(len(self._decoder), 2, B, H, length, D)
         for index, (_, cross_attention, _) in enumerate(self._decoder):
             pairs = cross_attention.key_value(x).view(B, S, 2, H, D)
             # A head's keys next to each other: every step reads them all.
-            memory[index] = pairs.permute(2, 0, 3, 1, 4)
+            memory[index] = pairs[:, :length].permute(2, 0, 3, 1, 4)
         return memory
 
     def step(self, tokens: Tensor, state: TransformerState) -> Tensor:
