@@ -61,8 +61,9 @@ def test_a_result_is_the_same_bits_in_every_batch(model: Transformer, name: str)
         "max_length": 45,
     }
     expected = generate(model, source, lengths, **options)
-    complete = {h.complete for result in expected for h in result.hypotheses}
-    assert complete == {True, False}
+    found = [h for result in expected for h in result.hypotheses]
+    assert any(h.complete for h in found)
+    assert len({len(h.tokens) for h in found}) >= 3
     for batch_size in (1, 3):
         found = generate(model, source, lengths, batch_size=batch_size, **options)
         assert bits(found) == bits(expected), f"in batches of {batch_size}"
