@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    MarianConfig,
-    MarianMTModel,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
-from transformers.modeling_outputs import BaseModelOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# It needs Python 3.11, and is not on every machine.
+transformers = pytest.importorskip("transformers")
 
 Architecture = Literal["marian", "bart", "t5"]
 ARCHITECTURES: tuple[Architecture, ...] = ("marian", "bart", "t5")
@@ -74,7 +71,7 @@ class HuggingFaceDecoder:
         last = (lengths - 1)[:, None, None].expand(B, K, 1)
         targets = targets.scatter(2, last, tokens[:, :, None])
         logits = self.model(
-            encoder_outputs=BaseModelOutput(state.memory.repeat_interleave(K, dim=0)),
+            encoder_outputs=(state.memory.repeat_interleave(K, dim=0),),
             attention_mask=state.mask.repeat_interleave(K, dim=0),
             decoder_input_ids=targets.flatten(0, 1),
             use_cache=False,
@@ -137,8 +134,8 @@ def build(architecture: Architecture, end_bias: float = 2.5, seed: int = 2) -> P
     model: PreTrainedModel
     if architecture == "marian":
         # As in the released checkpoints: the padding token begins a target.
-        model = MarianMTModel(
-            MarianConfig(
+        model = transformers.MarianMTModel(
+            transformers.MarianConfig(
                 **_SIZES,
                 vocab_size=VOCABULARY,
                 pad_token_id=VOCABULARY - 1,
@@ -150,8 +147,8 @@ def build(architecture: Architecture, end_bias: float = 2.5, seed: int = 2) -> P
         )
     elif architecture == "bart":
         # As in the released checkpoints: the end of sequence begins a target.
-        model = BartForConditionalGeneration(
-            BartConfig(
+        model = transformers.BartForConditionalGeneration(
+            transformers.BartConfig(
                 **_SIZES,
                 vocab_size=VOCABULARY,
                 forced_eos_token_id=None,
@@ -159,8 +156,8 @@ def build(architecture: Architecture, end_bias: float = 2.5, seed: int = 2) -> P
             )
         )
     else:
-        model = T5ForConditionalGeneration(
-            T5Config(
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
                 vocab_size=VOCABULARY,
                 d_model=16,
                 d_kv=8,
@@ -255,6 +252,13 @@ def hugging_face_beam_search(
         generated[first : first + num_hypotheses]
         for first in range(0, len(generated), num_hypotheses)
     ]
+
+
+def added_bias(bias: dict[int, float]) -> Any:
+    """A processor that adds to single tokens' scores; one that a caller passes runs last."""
+    return transformers.generation.SequenceBiasLogitsProcessor(
+        {(token,): value for token, value in bias.items()}
+    )
 
 
 def _padded(tensor: Tensor, size: int) -> Tensor:
