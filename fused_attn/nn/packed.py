@@ -226,7 +226,4 @@ def can_pack(model: nn.Module, *types: type[nn.Module]) -> bool:
 
 def is_observed(module: nn.Module) -> bool:
     """Whether something observes or replaces the module's call."""
-    return (
-        any(getattr(module, hooks) for hooks in HOOKS) or "forward" in module.__dict__
-    )
-
+    return any(getattr(module, hooks) for hooks in HOOKS) or "forward" in module.__dict__

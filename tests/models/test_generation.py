@@ -14,6 +14,8 @@ from fused_attn.generation import (
     Hypothesis,
     Result,
     Sampling,
+    _engine,
+    _graph,
     generate,
     score,
     stream,
@@ -162,3 +164,35 @@ def test_nan_in_one_source_stays_there(model: Transformer) -> None:
     assert "must not hold NaN or +inf, got some at step 1 for sentence 4" in str(found[4].error)
     others = [i for i in range(len(LENGTHS)) if i != 4]
     assert bits([found[i] for i in others]) == bits([expected[i] for i in others])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_captured_step_finds_what_an_eager_one_does(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make().to("cuda")
+    source, lengths = (tensor.to("cuda") for tensor in sources(*LENGTHS))
+    options: dict[str, Any] = {
+        "strategy": STRATEGIES[name],
+        "constraints": ENDING,
+        "max_length": 45,  # beyond the first bucket of a graph
+        "batch_size": 4,
+    }
+    captured = []
+
+    class Counted(_graph.StepRunner):
+        def _capture(self) -> Any:
+            captured.append(name)
+            return super()._capture()
+
+    monkeypatch.setattr(_engine, "StepRunner", Counted)
+    found = generate(model, source, lengths, **options)
+    assert captured
+    monkeypatch.setattr(Transformer, "decodes_on_static_shapes", False)
+    eager = generate(model, source, lengths, **options)
+    assert len(captured) < 20
+    for result, other in zip(found, eager, strict=True):
+        assert [h.tokens for h in result.hypotheses] == [h.tokens for h in other.hypotheses]
+        assert result.best.score == pytest.approx(other.best.score, rel=1e-4)
