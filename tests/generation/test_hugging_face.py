@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -393,6 +393,16 @@ def test_constraints_together(architecture: Architecture) -> None:
     )
 
 
+def begins_with(prefixes: list[list[int]]) -> Callable[[int, Tensor], list[int]]:
+    """For ``generate``: the tokens that may follow where each source's target has its prefix."""
+
+    def allowed(sentence: int, target: Tensor) -> list[int]:
+        begun, prefix = len(target) - 1, prefixes[sentence]
+        return [prefix[begun]] if begun < len(prefix) else list(range(VOCABULARY))
+
+    return allowed
+
+
 PREFIXES = [[8, 9, 10], [12], [20, 8], [30, 31, 32], [13, 13, 14, 13], [25]]
 
 
@@ -403,15 +413,10 @@ def test_prefix(architecture: Architecture, per_source: bool) -> None:
     # A prefix is what prefix_allowed_tokens_fn makes of it: its probability and length count.
     prefixes = PREFIXES if per_source else [[8, 9, 10]] * 6
 
-    def allowed(sentence: int, target: Tensor) -> list[int]:
-        begun = len(target) - 1
-        prefix = prefixes[sentence]
-        return [prefix[begun]] if begun < len(prefix) else list(range(VOCABULARY))
-
     compare(
         architecture,
         {"prefix": prefixes if per_source else prefixes[0], "no_repeat_ngram_size": 3},
-        {"prefix_allowed_tokens_fn": allowed, "no_repeat_ngram_size": 3},
+        {"prefix_allowed_tokens_fn": begins_with(prefixes), "no_repeat_ngram_size": 3},
     )
 
 
@@ -487,3 +492,44 @@ def test_greedy_search_under_constraints(architecture: Architecture) -> None:
         no_repeat_ngram_size=2,
         bad_words_ids=[[9], [12], [31]],
     )
+
+
+@needs_constraints
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sources_that_wait_for_a_place(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever has gone on in a place before, a source finds there what generate finds.
+    model = build(architecture)
+    source, lengths = batch([1 + i % 7 for i in range(24)])
+    prefixes = [PREFIXES[i % len(PREFIXES)] for i in range(24)]
+
+    entered = []
+    replace = HuggingFaceDecoder.replace
+
+    def counted(self: HuggingFaceDecoder, state: Any, sentences: Tensor, other: Any) -> Any:
+        entered.append(len(sentences))
+        return replace(self, state, sentences, other)
+
+    monkeypatch.setattr(HuggingFaceDecoder, "replace", counted)
+    found = generation.generate(
+        HuggingFaceDecoder(model),
+        source,
+        lengths,
+        strategy=generation.BeamSearch(beam_size=4, num_hypotheses=4),
+        constraints=generation.Constraints(prefix=prefixes, no_repeat_ngram_size=3),
+        max_length=MAX_LENGTH,
+        batch_size=5,
+    )
+    assert sum(entered) > 5
+    expected = hugging_face_beam_search(
+        model,
+        source,
+        lengths,
+        max_length=MAX_LENGTH,
+        num_hypotheses=4,
+        num_beams=4,
+        prefix_allowed_tokens_fn=begins_with(prefixes),
+        no_repeat_ngram_size=3,
+    )
+    check([result.hypotheses for result in found], expected)
