@@ -24,8 +24,8 @@ help:
 install: $(READY)
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import ensurepip, sys; assert sys.version_info >= (3, 10)' || \
-	  { echo 'needs Python >= 3.10 with venv: apt-get install python3 python3-venv'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, sys; assert sys.version_info >= (3, 11)' || \
+	  { echo 'needs Python >= 3.11 with venv: apt-get install python3 python3-venv'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first and the build is not isolated: the extension must be compiled against the

@@ -152,7 +152,7 @@ class Chooser:
             if biases
             else (None, None)
         )
-        return token_edits(
+        edits = token_edits(
             history,
             lengths,
             repetition_penalty=penalty,
@@ -161,6 +161,13 @@ class Chooser:
             banned_tokens=None if self._banned is None else self._banned.expand(B, -1),
             bias_tokens=bias_tokens,
             biases=bias_values,
+        )
+        forced = _forced(slots)
+        if forced is None:
+            return edits
+        # A prefix is the caller's word: nothing forbids it, or makes it dearer.
+        return edits._replace(
+            tokens=edits.tokens.masked_fill(edits.tokens == forced[:, None, None], -1)
         )
 
     def _samples(self, strategy: Sampling, logits: Tensor, slots: Slots) -> BeamSearchStep:

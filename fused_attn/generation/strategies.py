@@ -153,8 +153,9 @@ class Constraints:
         no_repeat_ngram_size: No n-gram of that many tokens occurs twice; 0: no such rule.
         banned_tokens: Never chosen.
         token_bias: Added to the log-probabilities of these tokens.
-        prefix: Every target begins with these tokens; their log-probabilities count. Either one
-            sequence for all sources or one for each.
+        prefix: Every target begins with these tokens, whatever the other constraints say; their
+            log-probabilities, the model's own, count. Either one sequence for all sources or one
+            for each.
         shortlist: The vocabulary: other tokens do not exist and have no probability. Should hold
             the end-of-sequence token. Either one sequence for all sources or one for each.
 

@@ -150,6 +150,24 @@ def test_constraints_are_those_of_the_documentation(name: str, beam_size: int) -
         assert greedy == [result.best for result in found]
 
 
+def test_no_constraint_forbids_a_prefix() -> None:
+    source, lengths, _ = batch([3, 5])
+    model = ReplacingDecoder(end_bonus=1.0)
+    constraints = Constraints(
+        prefix=[4, 4, 4], banned_tokens=[4], no_repeat_ngram_size=2, repetition_penalty=1.5
+    )
+    for strategy in (BeamSearch(), Greedy(), Sampling(seed=1)):
+        free = generate(
+            model, source, lengths, strategy=strategy, constraints=Constraints(prefix=[4, 4, 4])
+        )
+        found = generate(model, source, lengths, strategy=strategy, constraints=constraints)
+        for result, other in zip(found, free, strict=True):
+            assert result.best.tokens[:3] == [4, 4, 4]
+            assert 4 not in result.best.tokens[3:]
+            ours, theirs = (r.best.token_log_probabilities[:3] for r in (result, other))
+            assert ours == theirs
+
+
 def test_a_prefix_and_a_shortlist_for_each_source() -> None:
     source, lengths, _ = batch([3, 5, 2])
     model = ReplacingDecoder(end_bonus=1.0)
