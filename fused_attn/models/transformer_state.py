@@ -63,9 +63,7 @@ class KeyValueCache:
         self._buffer = like.new_empty(layers, 2, sources * beam_size, heads, 0, head_size)
         # int32 [B, K, capacity]: the target among K whose row holds a position; what it says of
         # positions that are not written yet means nothing.
-        self._ancestry = torch.empty(
-            sources, beam_size, 0, dtype=torch.int32, device=like.device
-        )
+        self._ancestry = torch.empty(sources, beam_size, 0, dtype=torch.int32, device=like.device)
         # int64 [B]: tokens that each source's targets have.
         self.positions = torch.zeros(sources, dtype=torch.int64, device=like.device)
         # The same on the host; after `reserve` they are out of date.

@@ -81,7 +81,9 @@ CHANGES = {
     "load_state_dict": lambda model: model.load_state_dict(
         {name: 1.1 * tensor for name, tensor in model.state_dict().items()}
     ),
-    "data_copy": lambda model: model.encoder.layers[0].linear2.weight.data.copy_(torch.ones(32, 48)),
+    "data_copy": lambda model: model.encoder.layers[0].linear2.weight.data.copy_(
+        torch.ones(32, 48)
+    ),
     "data_bias": lambda model: setattr(
         model.decoder.layers[1].self_attn.in_proj_bias, "data", torch.ones(96)
     ),
@@ -303,9 +305,7 @@ def test_long_caches() -> None:
     state, alone = model.start(source, lengths, 1), model.start(source[1:], lengths[1:], 1)
     for step in range(290):
         if step == 3:
-            state = model.replace(
-                state, torch.tensor([1]), model.start(source[1:], lengths[1:], 1)
-            )
+            state = model.replace(state, torch.tensor([1]), model.start(source[1:], lengths[1:], 1))
         tokens = tokens_for((2, 1), step)
         logits, state = model.step(tokens, state)
         if step >= 3:
@@ -383,6 +383,8 @@ def test_refusals() -> None:
     for _ in range(4):
         _, state = model.step(tokens, state)
     with pytest.raises(ValueError, match=r"other must come from start"):
-        model.replace(one, torch.tensor([0]), model.reorder(state, tokens[:1] % 2, torch.tensor([0])))
+        model.replace(
+            one, torch.tensor([0]), model.reorder(state, tokens[:1] % 2, torch.tensor([0]))
+        )
     with pytest.raises(ValueError, match=r"capacity must be in 4\.\.6 .*got 3"):
         model.reserve(state, 3)
