@@ -2,5 +2,6 @@
 
 from .config import TransformerConfig
 from .transformer import Transformer
+from .transformer_quantized import QuantizedTransformer, quantize
 
-__all__ = ["Transformer", "TransformerConfig"]
+__all__ = ["QuantizedTransformer", "Transformer", "TransformerConfig", "quantize"]

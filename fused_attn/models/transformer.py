@@ -22,7 +22,7 @@ from fused_attn.nn import (
     TransformerEncoderLayer,
     make_norm,
 )
-from fused_attn.nn.packed import PackedLinear, can_pack, packing_unavailable_reason
+from fused_attn.nn import packed as layers
 
 from ._positions import LearnedPositions, SinusoidalPositions
 from .config import TransformerConfig
@@ -202,16 +202,16 @@ class Transformer(TransformerDecoding, nn.Module):
         Raises:
             ValueError: As ``forward``, or there is no such layer.
         """
-        layers = self.decoder.layers
-        if not -len(layers) <= layer < len(layers):
+        stack = self.decoder.layers
+        if not -len(stack) <= layer < len(stack):
             raise ValueError(
-                f"{_NAME}: layer must be in {-len(layers)}..{len(layers) - 1}, got {layer}"
+                f"{_NAME}: layer must be in {-len(stack)}..{len(stack) - 1}, got {layer}"
             )
         memory = self.encode(source, source_lengths)
         x = self._embed_target(target, memory)
-        for below in layers[: layer % len(layers)]:
+        for below in stack[: layer % len(stack)]:
             x = below(x, memory, tgt_is_causal=True, memory_lengths=source_lengths)
-        chosen: Any = layers[layer]
+        chosen: Any = stack[layer]
         found: list[Tensor] = []
 
         def self_attention(hidden: Tensor) -> Tensor:
@@ -264,12 +264,12 @@ class Transformer(TransformerDecoding, nn.Module):
                 f"{_NAME}: generation needs the model in evaluation mode (model.eval()), got "
                 "training mode"
             )
-        if not _can_pack(self):
+        if not _packs(self):
             self._packed = None
             return _Modules(self)
         if self._packed is None or not self._packed[0].holds():
             self._packed = None  # before its successor needs the memory
-            self._packed = Fingerprint(self), PackedTransformer(self, PackedLinear)
+            self._packed = Fingerprint(self), PackedTransformer(self, layers.PackedLinear)
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -315,13 +315,11 @@ class _Modules:
     def read(self, source: Tensor, source_lengths: Tensor) -> Tensor:
         """``[L, 2, B, H, S, D]``, keys and values for each layer's cross-attention."""
         memory = self._model.encode(source, source_lengths)
-        layers: Any = self._model.decoder.layers
-        return torch.stack(
-            [
-                torch.stack(layer.multihead_attn.project_key_value(memory, memory))
-                for layer in layers
-            ]
-        )
+        decoder: Any = self._model.decoder
+        projected = [
+            layer.multihead_attn.project_key_value(memory, memory) for layer in decoder.layers
+        ]
+        return torch.stack([torch.stack(pair) for pair in projected])
 
     def step(self, tokens: Tensor, state: TransformerState) -> Tensor:
         """Logits ``[B, K, V]`` after tokens ``[B, K]``; extends ``state.cache``."""
@@ -396,17 +394,24 @@ _PLAIN = (
 )
 
 
-def _can_pack(model: Transformer) -> bool:
-    """Whether packed weights can compute what the modules would."""
+def packing_reason(model: Transformer) -> str:
+    """Why packed weights cannot compute what the modules would; empty if they can."""
     norm_first = model.config.norm_first
     stacks: tuple[Any, ...] = (model.encoder, model.decoder)
+    for stack in stacks:
+        uniform = all(layer.norm_first == norm_first for layer in stack.layers)
+        if not uniform or (stack.norm is not None) != norm_first:
+            return "layers differ from the configuration"
+    return layers.packing_reason(model, *_PLAIN)
+
+
+def _packs(model: Transformer) -> bool:
+    """Whether ``start`` computes with packed weights."""
     return (
-        packing_unavailable_reason() == ""
+        layers.packing_unavailable_reason() == ""
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and can_pack(model, *_PLAIN)
-        and all((stack.norm is not None) == norm_first for stack in stacks)
-        and all(layer.norm_first == norm_first for stack in stacks for layer in stack.layers)
+        and packing_reason(model) == ""
     )
 
 

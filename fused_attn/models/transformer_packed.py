@@ -36,7 +36,7 @@ class PackedTransformer:
     is the next sublayer's, are one kernel.
 
     Args:
-        model: A ``fused_attn.models.Transformer`` for which ``can_pack`` holds.
+        model: A ``fused_attn.models.Transformer`` without a ``packing_reason``.
         linear: Packs a weight: ``PackedLinear`` or ``QuantizedLinear``.
     """
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fused_attn.ops import add_layer_norm, bias_activation_dropout
 
@@ -102,7 +103,7 @@ class PackedAttention:
 
     @classmethod
     def of(cls, module: MultiheadAttention, linear: LinearFactory, *, cross: bool) -> Any:
-        """Pack one module's weights; ``can_pack`` must hold."""
+        """Pack one module's weights; there must be no ``packing_reason``."""
         weight, bias, E = module.in_proj_weight, module.in_proj_bias, module.embed_dim
         head, tail = (None, None) if bias is None else (bias[:E], bias[E:])
         return cls(
@@ -188,42 +189,37 @@ class InferenceNorm:
         )
 
 
-def can_pack(model: nn.Module, *types: type[nn.Module]) -> bool:
-    """Whether packed layers can stand in for a model's without anybody noticing.
-
-    Every module must be of just one of the types, or one whose products are packed here; nothing
-    may observe or replace a module's call; parameters are contiguous fp32 on the CPU; and the model
-    is in evaluation mode.
+def packing_reason(model: nn.Module, *types: type[nn.Module]) -> str:
+    """Why packed layers cannot stand in for a model's without anybody noticing; empty if they can.
 
     Args:
         model: Made of this package's layers.
         types: Modules that need no packing.
     """
-    known = {*types, nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear}
+    known = {*types, MultiheadAttention, nn.Linear, NonDynamicallyQuantizableLinear}
     if any(getattr(torch_module, "_global" + hooks) for hooks in HOOKS):
-        return False
+        return "hooks are registered for all modules"
     for module in model.modules():
-        if type(module) is MultiheadAttention:
-            if (
-                module.in_proj_weight is None
-                or module.bias_k is not None
-                or module.add_zero_attn
-                or not module.batch_first
-            ):
-                return False
-        elif type(module) not in known:
-            return False
-        if module.training or is_observed(module):
-            return False
-    return all(
-        parameter.device.type == "cpu"
-        and parameter.dtype == torch.float32
-        and parameter.layout == torch.strided
-        and parameter.is_contiguous()
-        for parameter in model.parameters()
-    )
-
-
-def is_observed(module: nn.Module) -> bool:
-    """Whether something observes or replaces the module's call."""
-    return any(getattr(module, hooks) for hooks in HOOKS) or "forward" in module.__dict__
+        kind = type(module).__name__
+        if type(module) not in known:
+            return f"a {kind} is no module of a plain Transformer"
+        if module.training:
+            return f"a {kind} is in training mode"
+        if any(getattr(module, hooks) for hooks in HOOKS) or "forward" in module.__dict__:
+            return f"a {kind} has hooks, or a forward of its own"
+        if type(module) is MultiheadAttention and (
+            module.in_proj_weight is None
+            or module.bias_k is not None
+            or module.add_zero_attn
+            or not module.batch_first
+        ):
+            return "a MultiheadAttention has separate projections, more keys or another layout"
+    for parameter in model.parameters():
+        if parameter.device.type != "cpu":
+            return f"parameters must be on the cpu, got {parameter.device.type}"
+        if parameter.dtype != torch.float32:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            return f"parameters must be float32, got {dtype}"
+        if parameter.layout != torch.strided or not parameter.is_contiguous():
+            return "parameters must be contiguous"
+    return ""
