@@ -26,8 +26,20 @@ def peer(case: Case) -> Run:
     def run(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         logits, scores = inputs["logits"], inputs["scores"]
         _, K, V = logits.shape
-        total = scores[:, :, None] + torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        best, place = total.flatten(1).topk(2 * K)
+        if "temperature" in inputs:
+            logits = logits / inputs["temperature"][:, None, None]
+        if "shortlist" in inputs:
+            tokens = inputs["shortlist"]
+            listed = torch.zeros(len(logits), V + 1, dtype=torch.bool)
+            listed.scatter_(1, tokens.masked_fill(tokens < 0, V), True)
+            logits = logits.masked_fill(~listed[:, None, :V], -torch.inf)
+        total = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        if "edit_tokens" in inputs:
+            edits = inputs["edit_tokens"] >= 0
+            rows, beams, places = edits.nonzero(as_tuple=True)
+            at = rows, beams, inputs["edit_tokens"][rows, beams, places]
+            total[at] = total[at] * inputs["edit_factors"][edits] + inputs["edit_offsets"][edits]
+        best, place = (scores[:, :, None] + total).flatten(1).topk(2 * K)
         return best, place % V, place // V
 
     return run

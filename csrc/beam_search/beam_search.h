@@ -14,26 +14,42 @@ namespace fused_attn {
 // each chunk is summed on its own, so that a row's log-sum-exp depends on the row alone.
 constexpr int64_t kBeamSearchChunk = 8192;
 
-// sum over the chunk of e^(logit - reference); the reference is -inf and the sum 0 where all
-// logits are -inf. The sum is NaN where a logit is NaN or +inf.
+// sum over the chunk of e^(logit / temperature - reference); the reference is -inf and the sum 0
+// where all logits are -inf. The sum is NaN where a logit is NaN or +inf.
 struct BeamSearchChunkSum {
   double sum;
-  float reference;
+  double reference;
 };
 
 struct BeamSearch {
-  const void* logits;         // T [batch, beams, vocabulary], a token next to the other
-  int64_t stride_batch;       // in elements
-  int64_t stride_beam;        // in elements
-  const float* scores;        // [batch, beams]
+  const void* logits;    // T [batch, beams, vocabulary], a token next to the other
+  int64_t stride_batch;  // in elements
+  int64_t stride_beam;   // in elements
+  const float* scores;   // [batch, beams]
+
+  // Null where there are none. Of edits with factor 1 and offset 0, or of what is no token, nothing
+  // comes; no token is edited twice in a row.
+  const float* temperature;      // [batch]
+  const int64_t* edit_tokens;    // [batch, beams, edits]
+  const float* edit_factors;     // [batch, beams, edits]
+  const float* edit_offsets;     // [batch, beams, edits]
+  int64_t edits;                 // 0 where there are none
+  const int64_t* forced_tokens;  // [batch], negative where there is none
+  // The tokens of a sentence's shortlist, all of the vocabulary and ascending.
+  const int64_t* list;  // [batch, list_stride]
+  int64_t list_stride;
+  const int64_t* list_sizes;  // [batch]
+
   int64_t* tokens;            // [batch, beams]
   int64_t* parents;           // [batch, beams]
   float* next_scores;         // [batch, beams]
   float* finished_scores;     // [batch, beams]
   int64_t* finished_parents;  // [batch, beams]
+  bool* invalid;              // [batch]
   int64_t batch;
   int64_t beams;
   int64_t vocabulary;
+  int64_t longest;  // the vocabulary's size, or the most tokens that a shortlist can have
   int64_t eos_token;
   DType dtype;
 

@@ -46,6 +46,7 @@ void take_all(Workspace& workspace, BeamSearchCuda& p) {
   workspace.take(p.counts, rows);
   workspace.take(p.eos_totals, rows);
   workspace.take(p.eos_places, rows);
+  workspace.take(p.row_invalid, rows);
 }
 
 bool is_aligned(const Tensor& rows) {
@@ -56,9 +57,17 @@ bool is_aligned(const Tensor& rows) {
          (rows.size(1) == 1 || multiple(rows.stride(1) * size));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_search_step(const Tensor& logits,
-                                                                    const Tensor& scores,
-                                                                    int64_t eos_token) {
+using Optional = std::optional<Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Results beam_search_step(const Tensor& logits, const Tensor& scores, int64_t eos_token,
+                         const Optional& temperature, const Optional& edit_tokens,
+                         const Optional& edit_factors, const Optional& edit_offsets,
+                         const Optional& forced_tokens, const Optional& shortlist) {
+  TORCH_CHECK(!temperature && !edit_tokens && !edit_factors && !edit_offsets && !forced_tokens &&
+                  !shortlist,
+              "beam_search_step: the cuda kernels take no temperature, edits, forced tokens or "
+              "shortlists");
   const int64_t B = logits.size(0);
   const int64_t K = logits.size(1);
   const int64_t V = logits.size(2);
@@ -74,7 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_search_step(const Tensor
   Tensor next_scores = at::empty({B, K}, floats);
   Tensor finished_scores = at::empty({B, K}, floats);
   Tensor finished_parents = at::empty({B, K}, integers);
-  if (B == 0) return {tokens, parents, next_scores, finished_scores, finished_parents};
+  Tensor invalid = at::empty({B}, logits.options().dtype(at::kBool));
+  if (B == 0) return {tokens, parents, next_scores, finished_scores, finished_parents, invalid};
 
   const Tensor rows = V == 1 || logits.stride(2) == 1 ? logits : logits.contiguous();
   const Tensor running = scores.contiguous();
@@ -89,6 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_search_step(const Tensor
   p.next_scores = next_scores.mutable_data_ptr<float>();
   p.finished_scores = finished_scores.mutable_data_ptr<float>();
   p.finished_parents = finished_parents.mutable_data_ptr<int64_t>();
+  p.invalid = invalid.mutable_data_ptr<bool>();
   p.batch = B;
   p.beams = static_cast<int>(K);
   p.vocabulary = static_cast<int>(V);
@@ -110,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_search_step(const Tensor
 
   with_element_type(rows.scalar_type(),
                     [&](auto element) { beam_search_cuda<decltype(element)>(p, call.stream); });
-  return {tokens, parents, next_scores, finished_scores, finished_parents};
+  return {tokens, parents, next_scores, finished_scores, finished_parents, invalid};
 }
 
 }  // namespace

@@ -40,6 +40,7 @@ struct BeamSearchCuda {
   float* next_scores;         // [batch, beams]
   float* finished_scores;     // [batch, beams]
   int64_t* finished_parents;  // [batch, beams]
+  bool* invalid;              // [batch]
   int64_t batch;
   int beams;
   int vocabulary;
@@ -49,8 +50,8 @@ struct BeamSearchCuda {
   int chunks_per_slice;  // a slice is the work of one block
   int slices;            // of a row
 
-  // What the kernels leave for the next one. Of rows that are not possible only `counts` and
-  // `eos_totals` are written.
+  // What the kernels leave for the next one. Of rows that are not possible only `counts`,
+  // `eos_totals` and `row_invalid` are written.
   BeamSearchSum* sums;   // [batch, beams, chunks, kBeamSearchCudaSums]
   uint64_t* slice_keys;  // [batch, beams, slices, beams], the largest first, then 0
   float* eos_logits;     // [batch, beams]
@@ -59,6 +60,7 @@ struct BeamSearchCuda {
   int* counts;           // [batch, beams]: possible ones of row_tokens
   float* eos_totals;     // [batch, beams], -inf where it is not possible
   int* eos_places;       // [batch, beams]: how many of row_tokens are before it
+  bool* row_invalid;     // [batch, beams]: possible, with a NaN or +inf
 };
 
 // T is float, __half or __nv_bfloat16.

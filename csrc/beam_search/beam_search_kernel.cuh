@@ -357,8 +357,8 @@ __global__ void __launch_bounds__(kThreads, kAligned || sizeof(T) == 2 ? 4 : 3)
 
 __host__ __device__ constexpr int tile_capacity(int beams) { return beams + kTile; }
 
-// log of the sum of e^logit over a row, the same number in all threads; not finite where a logit
-// is NaN or +inf or all are -inf.
+// log of the sum of e^logit over a row, the same number in all threads; NaN where a logit is NaN or
+// +inf, -inf where all are.
 __device__ inline double log_sum_exp(const BeamSearchSum* sums, int64_t count) {
   SHARED(float, warp_references, [kWarps]);
   SHARED(double, warp_sums, [kWarps]);
@@ -396,6 +396,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const BeamSearchCuda p)
     if (thread == 0) {
       p.counts[row] = 0;
       p.eos_totals[row] = -INFINITY;
+      p.row_invalid[row] = false;
     }
     return;
   }
@@ -451,6 +452,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const BeamSearchCuda p)
     p.counts[row] = *s.count;
     p.eos_totals[row] = is_possible(total) ? total : -INFINITY;
     p.eos_places[row] = *before_eos;
+    p.row_invalid[row] = !(normaliser < static_cast<double>(INFINITY));
   }
 }
 
@@ -506,14 +508,18 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(const BeamSearchCuda p) 
   const int64_t first_row = b * p.beams;
   Selection s{tile_capacity(p.beams), group_best, bound_key, count};
 
+  int is_invalid = 0;
 #pragma unroll 1
   for (int beam = thread; beam < p.beams; beam += kThreads) {
+    is_invalid |= p.row_invalid[first_row + beam] ? 1 : 0;
     const float total = p.eos_totals[first_row + beam];
     eos_keys[beam] =
         is_possible(total) ? make_rank_key(total, beam, p.eos_places[first_row + beam]) : 0;
     p.finished_scores[first_row + beam] = -INFINITY;
     p.finished_parents[first_row + beam] = 0;
   }
+  is_invalid = __syncthreads_or(is_invalid);
+  if (thread == 0) p.invalid[b] = is_invalid != 0;
 
   // The best of all beams come first, then the second of all beams, ...: once a tile, which holds
   // one of each beam at least, has none that is good enough, nor have those behind it.

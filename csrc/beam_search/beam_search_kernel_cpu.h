@@ -116,19 +116,22 @@ class TopKeys {
   float floor_ = kMinusInfinity;
 };
 
-// Offers the logits of tokens first_token, first_token + 1, ... but for the end of sequence.
+// Offers the logits of tokens first_token, first_token + 1, ... but for those whose bit is set in
+// `excluded`; null where there are none.
 template <typename T>
-static void offer_block(const T* logits, int64_t count, int64_t first_token, int64_t eos_token,
-                        TopKeys& best) {
+static void offer_block(const T* logits, int64_t count, int64_t first_token,
+                        const uint64_t* excluded, TopKeys& best) {
   float threshold = best.threshold();
   for (int64_t i = 0; i < count; i += kVec) {
     const Vec x =
         i + kVec <= count ? load(logits + i) : load_partial(logits + i, count - i, kMinusInfinity);
     for (uint32_t lanes = greater_lanes(x, broadcast(threshold)); lanes != 0; lanes &= lanes - 1) {
       const int64_t j = i + __builtin_ctz(lanes);
+      const int64_t token = first_token + j;
       const float logit = to_float(logits[j]);
-      if (logit > threshold && first_token + j != eos_token) {
-        best.offer(make_key(logit, first_token + j));
+      if (logit > threshold &&
+          (excluded == nullptr || (excluded[token / 64] >> (token % 64) & 1) == 0)) {
+        best.offer(make_key(logit, token));
         threshold = best.threshold();
       }
     }
@@ -140,58 +143,141 @@ static void offer_block(const T* logits, int64_t count, int64_t first_token, int
 struct BlockSum {
   Vec sum;
   Vec max;
+  bool is_far;  // a term was below 2^-126, and the sum is not to be used
 };
 
-// For j = 0..7, twice: the bits of 2^(j / 8) less j << 20, so that adding (8 n + j) << 20 gives
-// those of 2^(n + j / 8).
-alignas(64) constexpr int32_t kEighthPowers[16] = {
-    0x3F800000, 0x3F7B95C2, 0x3F7837F0, 0x3F75FED7, 0x3F7504F3, 0x3F75672A, 0x3F7744FD, 0x3F7AC0C7,
-    0x3F800000, 0x3F7B95C2, 0x3F7837F0, 0x3F75FED7, 0x3F7504F3, 0x3F75672A, 0x3F7744FD, 0x3F7AC0C7};
+// Exponentials are 2^(i / kSteps) * 2^(f / kSteps) with i an integer and |f| <= 1/2: the first
+// factor from a table that registers hold, the second a polynomial. The table is looked up on a
+// port that the arithmetic leaves idle, and saves two degrees.
+//
+// Of the table's entries the bits of 2^(j / kSteps) less j << kTableShift, exponent 0: adding
+// (kSteps n + j) << kTableShift gives those of 2^(n - 127 + j / kSteps).
+#if defined(FUSED_ATTN_ISA_AVX512)
+constexpr int kSteps = 16;
+constexpr int kTableShift = 19;
+alignas(64) constexpr int32_t kPowers[kSteps] = {
+    0,       -152893, -289342, -408621, -509968, -592590, -655657, -698305,
+    -719629, -718684, -694486, -646004, -572163, -471841, -343865, -187011};
+#else
+constexpr int kSteps = 8;
+constexpr int kTableShift = 20;
+alignas(64) constexpr int32_t kPowers[kSteps] = {0,       -289342, -509968, -655657,
+                                                 -719629, -694486, -572163, -343865};
+#endif
+static_assert((kSteps << kTableShift) == 1 << 23);
 
-// 2^(i / 8) in each lane for the integer i in the low bits of 1.5 * 2^23 + i.
-FUSED_ATTN_INLINE Vec power_of_two_eighths(Vec shifted) {
+// Adding it rounds a small number i to an integer and leaves i + 127 * kSteps in the low bits.
+constexpr float kRounding = 12582912.0f + 127.0f * kSteps;  // 1.5 * 2^23
+// What is left of the smallest power of two that is not subnormal, 2^-126.
+constexpr float kLowest = 12582912.0f + kSteps;
+// Integers that may be taken from kRounding without leaving [2^23, 2^24], where the sum of it and
+// any number is rounded to an integer.
+constexpr float kMostSteps = 4000000.0f;
+
+// a * b + c, rounded once where kIsFused.
+#if defined(FUSED_ATTN_ISA_AVX512)
+constexpr bool kIsFused = true;
+FUSED_ATTN_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+  return reinterpret_cast<Vec>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+}
+#elif defined(FUSED_ATTN_ISA_AVX2)
+constexpr bool kIsFused = true;
+FUSED_ATTN_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+  return reinterpret_cast<Vec>(_mm256_fmadd_ps(
+      reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+}
+#else
+constexpr bool kIsFused = false;
+FUSED_ATTN_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
+
+// What exponentials are relative to: e^((x - value) / temperature) is 2^(i / kSteps) for
+// i = (x - distant) * scale + rounding - kRounding.
+struct Reference {
+  float distant;   // 0 where the steps are whole
+  float rounding;  // kRounding less the steps of the reference
+  double value;
+};
+
+// Near `x`. Rounded to a whole number of steps where that can be, so that no subtraction is needed
+// besides the one that the rounding does; x * scale must not be rounded by itself for that. The
+// scale is not exactly kSteps / ln 2 / temperature, but the value is that of the scale.
+static inline Reference make_reference(float x, float scale) {
+  const float steps = x * scale;
+  if (kIsFused && std::fabs(steps) <= kMostSteps) {
+    const float rounded = (steps + 12582912.0f) - 12582912.0f;
+    return {0.0f, kRounding - rounded, static_cast<double>(rounded) / scale};
+  }
+  // Of NaN and +inf any reference makes NaN.
+  const float distant = std::fabs(x) < kInfinity ? x : 0.0f;
+  return {distant, kRounding, distant};
+}
+
+// 2^(i / kSteps) in each lane for the integer in the low bits of kRounding + i.
+FUSED_ATTN_INLINE Vec power_of_steps(Vec shifted) {
   const VecI index = reinterpret_cast<VecI>(shifted);
   VecI power;
 #if defined(FUSED_ATTN_ISA_AVX512)
   power = reinterpret_cast<VecI>(
-      _mm512_permutexvar_epi32(reinterpret_cast<__m512i>(index), _mm512_load_si512(kEighthPowers)));
+      _mm512_permutexvar_epi32(reinterpret_cast<__m512i>(index), _mm512_load_si512(kPowers)));
 #elif defined(FUSED_ATTN_ISA_AVX2)
-  power = reinterpret_cast<VecI>(_mm256_permutevar8x32_epi32(
-      _mm256_load_si256(reinterpret_cast<const __m256i*>(kEighthPowers)),
-      reinterpret_cast<__m256i>(index)));
+  power = reinterpret_cast<VecI>(
+      _mm256_permutevar8x32_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(kPowers)),
+                                  reinterpret_cast<__m256i>(index)));
 #else
-  for (int i = 0; i < kVec; ++i) power[i] = kEighthPowers[index[i] & 7];
+  for (int i = 0; i < kVec; ++i) power[i] = kPowers[index[i] & (kSteps - 1)];
 #endif
-  return as_vec(power + (index << 20));
+  return as_vec(power + (index << kTableShift));
 }
 
-// sum + e^y for y <= 64, to 1e-7 of e^y; below -87 it adds about 1e-38, and NaN stays NaN.
+// The lower of each lane's numbers as integers: of positive floats the lower, and any negative one
+// is below these. It runs on any port, where the maximum of floats has two.
+FUSED_ATTN_INLINE VecI lower_bits(VecI a, VecI b) { return a < b ? a : b; }
+
+// sum + e^((x - reference) / temperature), to 1e-7 of the term; NaN for NaN and +inf.
 //
-// e^y = 2^(i / 8) * 2^(f / 8) with i an integer and |f| <= 1/2. The table is looked up on a port
-// that the arithmetic leaves idle, and saves two degrees of the polynomial.
-FUSED_ATTN_INLINE Vec add_exp(Vec sum, Vec y) {
-  constexpr float kEighths = 11.541560327f;  // 8 / ln 2
+// kFar: also where the term is below 2^-126; it counts as about that. Otherwise `lowest` tells.
+template <bool kFar>
+FUSED_ATTN_INLINE Vec add_exp(Vec sum, Vec x, Vec scale, Vec distant, Vec rounding, VecI& lowest) {
+  if constexpr (kFar) x = x - distant;
+  Vec shifted = multiply_add(x, scale, rounding);
   // NaN is the second operand, which max() returns.
-  const Vec clamped = max(broadcast(-87.0f), y);
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
-  const Vec magic = broadcast(12582912.0f);
-  const Vec shifted = clamped * kEighths + magic;
-  const Vec f = clamped * kEighths - (shifted - magic);
-  // 2^(f / 8): near-minimax in the relative error, exact at 0.
+  if constexpr (kFar)
+    shifted = max(broadcast(kLowest), shifted);
+  else
+    lowest = lower_bits(lowest, reinterpret_cast<VecI>(shifted));
+  Vec f = multiply_add(x, scale, rounding - shifted);
+  if constexpr (kFar) f = max(broadcast(-1.0f), f);
+  // 2^(f / kSteps): near-minimax in the relative error, exact at 0.
+#if defined(FUSED_ATTN_ISA_AVX512)
+  Vec p = broadcast(1.355080778e-05f);
+  p = p * f + 9.384141450e-04f;
+  p = p * f + 4.332169878e-02f;
+#else
   Vec p = broadcast(1.0839104652404785e-4f);
   p = p * f + 3.7540255580097437e-3f;
   p = p * f + 8.664340525865555e-2f;
+#endif
   p = p * f + 1.0f;
-  return p * power_of_two_eighths(shifted) + sum;
+  return p * power_of_steps(shifted) + sum;
 }
 
-// Sum of e^(logit - reference) and maximum by lane. A NaN is in the sum and not in the maximum.
-template <typename T>
-static inline BlockSum sum_block(const T* logits, int64_t count, float reference) {
+// Sum of e^((logit - reference) / temperature) and maximum by lane. A NaN is in the sum and not in
+// the maximum.
+template <bool kFar, typename T>
+static inline BlockSum sum_block(const T* logits, int64_t count, const Reference& reference,
+                                 float scale_of_all) {
   Vec sums[kUnroll] = {};
   Vec maxima[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) maxima[u] = broadcast(kMinusInfinity);
-  const Vec r = broadcast(reference);
+  VecI lowest[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) {
+    maxima[u] = broadcast(kMinusInfinity);
+    lowest[u] = reinterpret_cast<VecI>(broadcast(kInfinity));
+  }
+  const Vec scale = broadcast(scale_of_all);
+  const Vec distant = broadcast(reference.distant);
+  const Vec rounding = broadcast(reference.rounding);
   int64_t i = 0;
   for (; i + kUnroll * kVec <= count; i += kUnroll * kVec) {
     constexpr int64_t kStep = kUnroll * kVec * sizeof(T);
@@ -201,20 +287,25 @@ static inline BlockSum sum_block(const T* logits, int64_t count, float reference
     for (int u = 0; u < kUnroll; ++u) {
       const Vec x = load(logits + i + u * kVec);
       maxima[u] = max(x, maxima[u]);
-      sums[u] = add_exp(sums[u], x - r);
+      sums[u] = add_exp<kFar>(sums[u], x, scale, distant, rounding, lowest[u]);
     }
   }
-  for (; i < count; i += kVec) {
-    const Vec x =
-        i + kVec <= count ? load(logits + i) : load_partial(logits + i, count - i, kMinusInfinity);
+  for (; i + kVec <= count; i += kVec) {
+    const Vec x = load(logits + i);
     maxima[0] = max(x, maxima[0]);
-    sums[0] = add_exp(sums[0], x - r);
+    sums[0] = add_exp<kFar>(sums[0], x, scale, distant, rounding, lowest[0]);
+  }
+  if (i < count) {
+    const Vec x = load_partial(logits + i, count - i, kMinusInfinity);
+    maxima[0] = max(x, maxima[0]);
+    sums[0] = add_exp<true>(sums[0], x, scale, distant, rounding, lowest[0]);
   }
   for (int u = 1; u < kUnroll; ++u) {
     sums[0] += sums[u];
     maxima[0] = max(maxima[0], maxima[u]);
+    lowest[0] = lower_bits(lowest[0], lowest[u]);
   }
-  return {sums[0], maxima[0]};
+  return {sums[0], maxima[0], greater_lanes(broadcast(kLowest), as_vec(lowest[0])) != 0};
 }
 
 // The largest logit; NaN where there is one.
@@ -231,72 +322,178 @@ static float max_or_nan(const T* logits, int64_t count) {
   return reduce_max(maximum) + reduce_add(nan);
 }
 
+// Where a chunk looks for its first reference, before it looks at the whole block.
+constexpr int64_t kSample = 64;
+
 // The sum of a chunk; leaves the maxima of each block by lane in `maxima`, kVec a block.
 //
 // The exponentials are relative to a reference that need not be the maximum, only near enough
 // that nothing overflows and that the largest does not vanish: a block is summed and its maxima
 // taken in one pass, and done again with its maximum as the reference if that exceeds the old
-// one by more than kSlack. So sum * e^reference is at least the largest exponential of the blocks
-// that set the reference, and what the clamp adds for a logit far below is at most 1e-37 of it.
+// one by more than kSlack. So sum * e^reference is at least a sample's largest exponential, and
+// what the clamp adds for a logit far below is at most 1e-37 of it. Clamps are left out until a
+// block turns out to need them; where they change nothing, the sum is the same bits.
 template <typename T>
-static BeamSearchChunkSum sum_chunk(const T* logits, int64_t count, float* maxima) {
-  constexpr float kSlack = 32.0f;
+static BeamSearchChunkSum sum_chunk(const T* logits, int64_t count, double temperature,
+                                    float* maxima) {
+  constexpr double kSlack = 16.0;
   typedef double VecD __attribute__((vector_size(kVec * 8)));
+  // Finite for any temperature: 0 times it must be 0.
+  const double exact_scale = kSteps * 1.4426950408889634 / temperature;
+  const float scale = exact_scale < 1e38 ? static_cast<float>(exact_scale) : 1e38f;
   VecD sum = {};
-  float reference = kMinusInfinity;
+  bool has_reference = false;
+  bool is_far = false;
+  Reference reference{};
   for (int64_t begin = 0; begin < count; begin += kBlock, maxima += kVec) {
     const T* block = logits + begin;
     const int64_t size = count - begin < kBlock ? count - begin : kBlock;
-    if (reference == kMinusInfinity) {
-      reference = max_or_nan(block, size);
-      if (reference == kMinusInfinity) {
+    if (!has_reference) {
+      float near = max_or_nan(block, size < kSample ? size : kSample);
+      if (near == kMinusInfinity) near = max_or_nan(block, size);
+      if (near == kMinusInfinity) {
         store(maxima, broadcast(kMinusInfinity));
         continue;
       }
+      reference = make_reference(near, scale);
+      has_reference = true;
     }
-    BlockSum part = sum_block(block, size, reference);
-    if (greater_lanes(part.max, broadcast(reference + kSlack)) != 0) {
-      const float maximum = reduce_max(part.max);
-      sum *= std::exp(static_cast<double>(reference) - maximum);
-      reference = maximum;
-      part = sum_block(block, size, reference);
+    BlockSum part;
+    if (!is_far) {
+      part = sum_block<false>(block, size, reference, scale);
+      is_far = part.is_far || reference.distant != 0.0f;
+    }
+    if (is_far) part = sum_block<true>(block, size, reference, scale);
+    const float limit = static_cast<float>(reference.value + kSlack * temperature);
+    if (greater_lanes(part.max, broadcast(limit)) != 0) {
+      const Reference former = reference;
+      reference = make_reference(reduce_max(part.max), scale);
+      sum *= std::exp((former.value - reference.value) / temperature);
+      part = sum_block<true>(block, size, reference, scale);
     }
     sum += __builtin_convertvector(part.sum, VecD);
     store(maxima, part.max);
   }
   double total = 0.0;
   for (int lane = 0; lane < kVec; ++lane) total += sum[lane];
-  return {total, reference};
+  const double none = -std::numeric_limits<double>::infinity();
+  return {total, has_reference ? reference.value / temperature : none};
+}
+
+// --- rows -----------------------------------------------------------------------------------
+
+// A row of the logits with its sentence's vocabulary. Its tokens are counted from 0 in that
+// vocabulary, here called places; where there is no shortlist they are the tokens themselves.
+struct Row {
+  int64_t index;  // of the row
+  int64_t sentence;
+  const int64_t* list;  // null where there is no shortlist
+  int64_t size;         // of the vocabulary
+  int64_t forced;       // the token, or negative
+
+  int64_t token(int64_t place) const { return list == nullptr ? place : list[place]; }
+
+  // -1 where the token is none of the vocabulary.
+  int64_t place(int64_t token) const {
+    if (token < 0) return -1;
+    if (list == nullptr) return token < size ? token : -1;
+    int64_t begin = 0;
+    int64_t end = size;
+    while (begin < end) {
+      const int64_t middle = begin + (end - begin) / 2;
+      if (list[middle] < token)
+        begin = middle + 1;
+      else
+        end = middle;
+    }
+    return begin < size && list[begin] == token ? begin : -1;
+  }
+};
+
+static Row make_row(const BeamSearch& p, int64_t index) {
+  const int64_t b = index / p.beams;
+  const bool has_list = p.list != nullptr;
+  return {index, b, has_list ? p.list + b * p.list_stride : nullptr,
+          has_list ? p.list_sizes[b] : p.vocabulary,
+          p.forced_tokens == nullptr ? -1 : p.forced_tokens[b]};
+}
+
+static double temperature_of(const BeamSearch& p, const Row& row) {
+  return p.temperature == nullptr ? 1.0 : static_cast<double>(p.temperature[row.sentence]);
+}
+
+template <typename T>
+static const T* logits_of(const BeamSearch& p, int64_t row) {
+  return static_cast<const T*>(p.logits) + row / p.beams * p.stride_batch +
+         row % p.beams * p.stride_beam;
+}
+
+// Calls `visit(edit, place)` for the row's edits of tokens of its vocabulary.
+template <typename Visit>
+FUSED_ATTN_INLINE void for_each_edit(const BeamSearch& p, const Row& row, const Visit& visit) {
+  for (int64_t edit = row.index * p.edits; edit < (row.index + 1) * p.edits; ++edit) {
+    if (p.edit_factors[edit] == 1.0f && p.edit_offsets[edit] == 0.0f) continue;
+    const int64_t place = row.place(p.edit_tokens[edit]);
+    if (place >= 0) visit(edit, place);
+  }
+}
+
+// Calls `visit(place)` for what is no candidate by its logit: edited tokens and the end of
+// sequence.
+template <typename Visit>
+FUSED_ATTN_INLINE void for_each_excluded(const BeamSearch& p, const Row& row, const Visit& visit) {
+  const int64_t eos = row.place(p.eos_token);
+  if (eos >= 0) visit(eos);
+  for_each_edit(p, row, [&](int64_t, int64_t place) { visit(place); });
 }
 
 // --- selection ------------------------------------------------------------------------------
 
 // A bound below which no candidate can be: the maxima are logits of different tokens, so at least
-// K of the tokens that go on reach the one of rank K + 1. `keys` has room for K + 1.
+// K of the tokens that go on reach the one of rank K. `keys` has room for K.
 static float candidate_floor(const float* maxima, int64_t count, uint64_t* keys, int64_t beams) {
-  if (count <= beams) return kMinusInfinity;
-  TopKeys best(keys, beams + 1, kMinusInfinity);
-  offer_block(maxima, count, 0, -1, best);
+  if (count < beams) return kMinusInfinity;
+  TopKeys best(keys, beams, kMinusInfinity);
+  offer_block(maxima, count, 0, nullptr, best);
   if (!best.is_full()) return kMinusInfinity;
   const float reached = best.threshold();
   // Candidates are above the floor, and those that reach the bound are among them.
   return reached - (std::fabs(reached) * 1e-6f + 1e-30f);
 }
 
-// The best of `count` tokens from first_token on, largest first; returns how many. Only blocks
-// whose maximum is among the best so far are read again.
+// A part of a row: the logits of `count` places from `first` on.
 template <typename T>
-static int64_t select(const T* logits, int64_t count, int64_t first_token, int64_t eos_token,
-                      const float* maxima, uint64_t* keys, int64_t beams) {
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
-  TopKeys best(keys, beams, candidate_floor(maxima, blocks * kVec, keys, beams));
+struct Portion {
+  const T* logits;
+  int64_t first;
+  int64_t count;
+};
+
+// Leaves the best places of a portion in `keys`, the largest first; returns how many. Only blocks
+// whose maximum is among the best so far are read again. `excluded` and `bounds` are scratch: the
+// former all 0, and so again afterwards.
+template <typename T>
+static int64_t select(const BeamSearch& p, const Row& row, const Portion<T>& portion,
+                      const float* maxima, float* bounds, uint64_t* excluded, uint64_t* keys) {
+  const int64_t blocks = (portion.count + kBlock - 1) / kBlock;
+  std::memcpy(bounds, maxima, sizeof(float) * static_cast<size_t>(blocks * kVec));
+  for_each_excluded(p, row, [&](int64_t place) {
+    excluded[place / 64] |= uint64_t{1} << (place % 64);
+    const int64_t i = place - portion.first;
+    if (i < 0 || i >= portion.count) return;
+    // A maximum that is no candidate bounds nothing.
+    const int64_t lane = i / kBlock * kVec + i % kVec;
+    if (to_float(portion.logits[i]) == maxima[lane]) bounds[lane] = kMinusInfinity;
+  });
+  TopKeys best(keys, p.beams, candidate_floor(bounds, blocks * kVec, keys, p.beams));
   for (int64_t i = 0; i < blocks; ++i) {
     if (greater_lanes(load(maxima + i * kVec), broadcast(best.threshold())) == 0) continue;
     const int64_t begin = i * kBlock;
-    const int64_t size = count - begin < kBlock ? count - begin : kBlock;
-    offer_block(logits + begin, size, first_token + begin, eos_token, best);
+    const int64_t size = portion.count - begin < kBlock ? portion.count - begin : kBlock;
+    offer_block(portion.logits + begin, size, portion.first + begin, excluded, best);
   }
   best.sort();
+  for_each_excluded(p, row, [&](int64_t place) { excluded[place / 64] = 0; });
   return best.count();
 }
 
@@ -304,31 +501,39 @@ template <typename T>
 static void scan_part(const BeamSearch& p, int64_t part) {
   const int64_t end = beam_search_part_begin(p, part + 1);
   p.part_counts[part] = 0;
-  Scratch<float> maxima((p.vocabulary + kBlock - 1) / kBlock * kVec);
+  const int64_t blocks = (p.longest + kBlock - 1) / kBlock;
+  Scratch<float> maxima(2 * blocks * kVec);
+  Scratch<uint64_t> excluded(p.longest / 64 + 1);
+  std::memset(excluded.data(), 0, sizeof(uint64_t) * static_cast<size_t>(p.longest / 64 + 1));
+  Scratch<T> gathered(p.list == nullptr ? 0 : p.longest);
   for (int64_t i = beam_search_part_begin(p, part); i < end;) {
-    const int64_t row = i / p.chunks;
-    const int64_t next_row = (row + 1) * p.chunks;
-    if (!is_possible(p.scores[row])) {
+    const Row row = make_row(p, i / p.chunks);
+    const int64_t next_row = (row.index + 1) * p.chunks;
+    const int64_t first_chunk = i % p.chunks;
+    const bool is_start = first_chunk == 0;
+    int64_t& found = is_start ? p.row_counts[row.index] : p.part_counts[part];
+    found = 0;
+    if (!is_possible(p.scores[row.index])) {
       i = next_row;
       continue;
     }
-    const T* logits = static_cast<const T*>(p.logits) + row / p.beams * p.stride_batch +
-                      row % p.beams * p.stride_beam;
-    const int64_t first_chunk = i % p.chunks;
-    const int64_t first_token = first_chunk * kBeamSearchChunk;
-    int64_t token = first_token;
+    const T* logits = logits_of<T>(p, row.index);
+    const int64_t first = first_chunk * kBeamSearchChunk;
+    Portion<T> portion{row.list == nullptr ? logits + first : gathered.data(), first, 0};
     for (; i < end && i < next_row; ++i) {
-      const int64_t rest = p.vocabulary - token;
+      const int64_t place = first + portion.count;
+      const int64_t rest = row.size > place ? row.size - place : 0;
       const int64_t count = rest < kBeamSearchChunk ? rest : kBeamSearchChunk;
-      float* chunk_maxima = maxima.data() + (token - first_token) / kBlock * kVec;
-      p.chunk_sums[i] = sum_chunk(logits + token, count, chunk_maxima);
-      token += count;
+      if (row.list != nullptr)
+        for (int64_t j = 0; j < count; ++j)
+          gathered.data()[portion.count + j] = logits[row.list[place + j]];
+      p.chunk_sums[i] = sum_chunk(portion.logits + portion.count, count, temperature_of(p, row),
+                                  maxima.data() + portion.count / kBlock * kVec);
+      portion.count += count;
     }
-    const bool is_start = first_chunk == 0;
-    uint64_t* keys = is_start ? p.row_keys + row * p.slot : p.part_keys + part * p.slot;
-    (is_start ? p.row_counts[row] : p.part_counts[part]) =
-        select(logits + first_token, token - first_token, first_token, p.eos_token, maxima.data(),
-               keys, p.beams);
+    if (row.forced >= 0) continue;
+    found = select(p, row, portion, maxima.data(), maxima.data() + blocks * kVec, excluded.data(),
+                   (is_start ? p.row_keys + row.index * p.slot : p.part_keys + part * p.slot));
   }
 }
 
@@ -345,16 +550,17 @@ void beam_search_scan(const BeamSearch& p, int64_t part) {
 
 // --- ranking of a sentence ------------------------------------------------------------------
 
-// log of the sum of e^logit over a row; not finite where a logit is NaN or +inf or all are -inf.
+// log of the sum of e^(logit / temperature) over a row; NaN or +inf where a logit is NaN or +inf,
+// -inf where all are.
 static double log_sum_exp(const BeamSearchChunkSum* chunks, int64_t count) {
-  double reference = -std::numeric_limits<double>::infinity();
+  const double none = -std::numeric_limits<double>::infinity();
+  double reference = none;
   for (int64_t c = 0; c < count; ++c)
     if (chunks[c].reference > reference) reference = chunks[c].reference;
   double sum = 0.0;
-  for (int64_t c = 0; c < count; ++c) {
-    const double shift = chunks[c].reference - reference;
-    sum += chunks[c].reference == kMinusInfinity ? chunks[c].sum : chunks[c].sum * std::exp(shift);
-  }
+  for (int64_t c = 0; c < count; ++c)
+    if (chunks[c].reference != none)
+      sum += chunks[c].sum * std::exp(chunks[c].reference - reference);
   return reference + std::log(sum);
 }
 
@@ -375,63 +581,105 @@ static bool contains(const Candidate* begin, const Candidate* end, int64_t token
   return false;
 }
 
-template <typename T>
-static float logit_at(const BeamSearch& p, int64_t row, int64_t token) {
-  const T* logits = static_cast<const T*>(p.logits) + row / p.beams * p.stride_batch +
-                    row % p.beams * p.stride_beam;
-  return to_float(logits[token]);
-}
-
-static float logit_at(const BeamSearch& p, int64_t row, int64_t token) {
+static float logit_at(const BeamSearch& p, const Row& row, int64_t place) {
+  const int64_t token = row.token(place);
   switch (p.dtype) {
     case DType::kFloat32:
-      return logit_at<float>(p, row, token);
+      return to_float(logits_of<float>(p, row.index)[token]);
     case DType::kFloat16:
-      return logit_at<Half>(p, row, token);
+      return to_float(logits_of<Half>(p, row.index)[token]);
     case DType::kBFloat16:
-      return logit_at<BFloat16>(p, row, token);
+      return to_float(logits_of<BFloat16>(p, row.index)[token]);
   }
   return 0.0f;
 }
 
-// A row's possible candidates, its K best and the end of sequence, best first. Returns how many.
-static int64_t row_candidates(const BeamSearch& p, int64_t row, Candidate* candidates) {
-  if (!is_possible(p.scores[row])) return 0;
+// Puts the keys of all parts of a row together, the largest first. Returns how many.
+static int64_t merge_parts(const BeamSearch& p, int64_t row) {
   uint64_t* keys = p.row_keys + row * p.slot;
-  int64_t key_count = p.row_counts[row];
+  int64_t count = p.row_counts[row];
   for (int64_t part = 1; part < p.parts; ++part) {
     const int64_t begin = beam_search_part_begin(p, part);
     if (begin <= row * p.chunks || begin >= (row + 1) * p.chunks) continue;
-    TopKeys best(keys, p.beams, key_count);
+    TopKeys best(keys, p.beams, count);
     for (int64_t i = 0; i < p.part_counts[part]; ++i) best.offer(p.part_keys[part * p.slot + i]);
     best.sort();
-    key_count = best.count();
+    count = best.count();
   }
-
-  const double normaliser = log_sum_exp(p.chunk_sums + row * p.chunks, p.chunks);
-  const double score = p.scores[row];
-  int64_t count = 0;
-  // In this order, so that candidates of equal rows tie exactly when their score + logit do.
-  const auto append = [&](float logit, int64_t token) {
-    const float total = static_cast<float>((score + logit) - normaliser);
-    if (is_possible(total)) candidates[count++] = {total, static_cast<uint32_t>(token)};
-  };
-  const float eos_logit = logit_at(p, row, p.eos_token);
-  const uint64_t eos_key = make_key(eos_logit, p.eos_token);
-  bool is_eos_due = true;
-  for (int64_t i = 0; i < key_count; ++i) {
-    const uint64_t key = keys[i];
-    if (is_eos_due && eos_key > key) {
-      append(eos_logit, p.eos_token);
-      is_eos_due = false;
-    }
-    append(key_logit(key), key_token(key));
-  }
-  if (is_eos_due) append(eos_logit, p.eos_token);
   return count;
 }
 
-static void rank_sentence(const BeamSearch& p, int64_t b, Candidate* candidates,
+// A row's possible candidates, its K best that go on and an end of sequence that is before the last
+// of them, best first. Returns how many. `edited` has room for K + 1 keys.
+static int64_t row_candidates(const BeamSearch& p, int64_t index, uint64_t* edited,
+                              Candidate* candidates, bool& is_invalid) {
+  if (!is_possible(p.scores[index])) return 0;
+  const double normaliser = log_sum_exp(p.chunk_sums + index * p.chunks, p.chunks);
+  if (!(normaliser < std::numeric_limits<double>::infinity())) {
+    is_invalid = true;
+    return 0;
+  }
+  const Row row = make_row(p, index);
+  const double temperature = temperature_of(p, row);
+  const double score = p.scores[index];
+  const int64_t forced = row.forced < 0 ? -1 : row.place(row.forced);
+  if (row.forced >= 0 && forced < 0) return 0;
+
+  // Edited tokens by their totals, and whether those that enter below by their logits are among
+  // them. As no total is known there, these are few.
+  const int64_t eos = row.place(p.eos_token);
+  bool is_eos_edited = false;
+  bool is_forced_edited = false;
+  TopKeys best(edited, p.beams + 1, kMinusInfinity);
+  for_each_edit(p, row, [&](int64_t edit, int64_t place) {
+    is_eos_edited |= place == eos;
+    is_forced_edited |= place == forced;
+    if (forced >= 0 && place != forced) return;
+    const double factor = p.edit_factors[edit];
+    const double logit = logit_at(p, row, place) / temperature;
+    const float total =
+        static_cast<float>((score + factor * (logit - normaliser)) + p.edit_offsets[edit]);
+    if (is_possible(total)) best.offer(make_key(total, place));
+  });
+  best.sort();
+
+  // The others by their logits; the row's list has room for one more, the end of sequence.
+  uint64_t* keys = p.row_keys + index * p.slot;
+  int64_t count = 0;
+  if (forced >= 0) {
+    if (!is_forced_edited) keys[count++] = make_key(logit_at(p, row, forced), forced);
+  } else {
+    count = merge_parts(p, index);
+    if (eos >= 0 && !is_eos_edited) {
+      const uint64_t eos_key = make_key(logit_at(p, row, eos), eos);
+      int64_t i = count++;
+      for (; i > 0 && keys[i - 1] < eos_key; --i) keys[i] = keys[i - 1];
+      keys[i] = eos_key;
+    }
+  }
+
+  int64_t found = 0;
+  int64_t going_on = 0;
+  int64_t next = 0;
+  int64_t next_edited = 0;
+  while (going_on < p.beams) {
+    float total = kMinusInfinity;
+    // In this order, so that candidates of equal rows tie exactly when their score + logit do.
+    if (next < count)
+      total = static_cast<float>((score + key_logit(keys[next]) / temperature) - normaliser);
+    const float edited_total =
+        next_edited < best.count() ? key_logit(edited[next_edited]) : kMinusInfinity;
+    const bool is_edited = edited_total > total || !is_possible(total);
+    if (is_edited) total = edited_total;
+    if (!is_possible(total)) break;
+    const int64_t place = key_token(is_edited ? edited[next_edited++] : keys[next++]);
+    candidates[found++] = {total, static_cast<uint32_t>(row.token(place))};
+    if (place != eos) ++going_on;
+  }
+  return found;
+}
+
+static void rank_sentence(const BeamSearch& p, int64_t b, uint64_t* edited, Candidate* candidates,
                           BeamCandidates* beams) {
   const int64_t K = p.beams;
   const int64_t width = K + 1;
@@ -440,12 +688,14 @@ static void rank_sentence(const BeamSearch& p, int64_t b, Candidate* candidates,
   float* next_scores = p.next_scores + b * K;
   float* finished_scores = p.finished_scores + b * K;
   int64_t* finished_parents = p.finished_parents + b * K;
+  bool is_invalid = false;
   for (int64_t k = 0; k < K; ++k) {
     Candidate* first = candidates + k * width;
-    beams[k] = {first, first + row_candidates(p, b * K + k, first)};
+    beams[k] = {first, first + row_candidates(p, b * K + k, edited, first, is_invalid)};
     finished_scores[k] = kMinusInfinity;
     finished_parents[k] = 0;
   }
+  p.invalid[b] = is_invalid;
 
   // Merge the beams: the best total, and among equal ones the lower beam.
   int64_t going_on = 0;
@@ -492,7 +742,9 @@ static void rank_sentence(const BeamSearch& p, int64_t b, Candidate* candidates,
 void beam_search_rank(const BeamSearch& p, int64_t begin, int64_t end) {
   Scratch<Candidate> candidates(p.beams * (p.beams + 1));
   Scratch<BeamCandidates> beams(p.beams);
-  for (int64_t b = begin; b < end; ++b) rank_sentence(p, b, candidates.data(), beams.data());
+  Scratch<uint64_t> edited(p.beams + 1);
+  for (int64_t b = begin; b < end; ++b)
+    rank_sentence(p, b, edited.data(), candidates.data(), beams.data());
 }
 
 }  // namespace FUSED_ATTN_ISA

@@ -23,8 +23,9 @@ inline void define_operators(torch::Library& m) {
       "str activation, bool gated, float dropout_p, bool need_grad_x, bool need_grad_bias) -> "
       "(Tensor, Tensor)");
   m.def(
-      "beam_search_step(Tensor logits, Tensor scores, int eos_token) -> (Tensor, Tensor, Tensor, "
-      "Tensor, Tensor)");
+      "beam_search_step(Tensor logits, Tensor scores, int eos_token, Tensor? temperature, "
+      "Tensor? edit_tokens, Tensor? edit_factors, Tensor? edit_offsets, Tensor? forced_tokens, "
+      "Tensor? shortlist) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, "
       "Tensor? ancestry, Tensor? mask, Tensor? alibi_slopes, bool is_causal, int window, "

@@ -126,3 +126,24 @@ def test_too_many_beams_are_refused() -> None:
     logits, scores = random_inputs(1, 257, 40)
     with pytest.raises(NotImplementedError, match="257 beams > 256"):
         beam_search_step(logits, scores, eos_token=2, backend="cuda")
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    logits, scores = random_inputs(2, 3, 40)
+    reason = "temperature, edits, forced tokens, shortlists: not in the cuda kernels"
+    with pytest.raises(NotImplementedError, match=reason):
+        beam_search_step(
+            logits, scores, eos_token=2, temperature=torch.ones(2, device=DEVICE), backend="cuda"
+        )
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_invalid_is_found_in_any_slice(wrong: float) -> None:
+    V = 3 * CHUNK + 5
+    logits, scores = random_inputs(5, 70, V)
+    for b, (k, v) in enumerate([(0, 0), (69, V - 1), (65, 2 * CHUNK), (3, 9)]):
+        logits[b, k, v] = wrong
+    scores[3, 3] = -math.inf
+    logits[4] = -math.inf
+    step = beam_search_step(logits, scores, eos_token=2, backend="cuda")
+    assert step.invalid.tolist() == [True, True, True, False, False]

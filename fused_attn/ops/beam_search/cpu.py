@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -22,8 +20,6 @@ def unsupported_reasons(
     reasons = []
     if logits.dtype not in FLOATING:
         reasons.append(f"dtype {logits.dtype}: float32, float16 or bfloat16 only")
-    if any(x is not None for x in (edits, temperature, forced_tokens, shortlist)):
-        reasons.append("temperature, edits, forced tokens, shortlists: not in the cpu kernels")
     return reasons
 
 
@@ -39,7 +35,14 @@ def step(
     shortlist: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, parents, scores, finished scores and parents, and invalid."""
-    # In a pass of its own until the kernels return it.
-    wrong = (logits.isnan() | (logits == math.inf)).any(dim=-1) & (scores > -math.inf)
-    results = torch.ops.fused_attn_C.beam_search_step(logits, scores, eos_token)
-    return (*results, wrong.any(dim=1))
+    return torch.ops.fused_attn_C.beam_search_step(
+        logits,
+        scores,
+        eos_token,
+        temperature,
+        edit_tokens,
+        edit_factors,
+        edit_offsets,
+        forced_tokens,
+        shortlist,
+    )

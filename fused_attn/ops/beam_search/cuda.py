@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from fused_attn import _extension
@@ -44,7 +42,15 @@ def step(
     shortlist: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tokens, parents, scores, finished scores and parents, and invalid."""
-    # In a pass of its own until the kernels return it.
-    wrong = (logits.isnan() | (logits == math.inf)).any(dim=-1) & (scores > -math.inf)
     operators = _extension.cuda_operators(logits.device)
-    return (*operators.beam_search_step(logits, scores, eos_token), wrong.any(dim=1))
+    return operators.beam_search_step(
+        logits,
+        scores,
+        eos_token,
+        temperature,
+        edit_tokens,
+        edit_factors,
+        edit_offsets,
+        forced_tokens,
+        shortlist,
+    )
