@@ -167,9 +167,10 @@ class InferenceNorm:
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
         self._name: Literal["layer_norm", "rms_norm"] | None = None
-        if type(module) in (LayerNorm, AddLayerNorm) and len(self._module.normalized_shape) == 1:
+        is_flat = len(getattr(module, "normalized_shape", ())) == 1
+        if type(module) in (LayerNorm, AddLayerNorm) and is_flat:
             self._name = "layer_norm"
-        elif type(module) is RMSNorm and len(self._module.normalized_shape) == 1 and module.eps:
+        elif type(module) is RMSNorm and is_flat and module.eps:
             self._name = "rms_norm"
 
     def __call__(
