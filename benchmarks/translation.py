@@ -1,9 +1,9 @@
-"""``python -m benchmarks.translation``: searches beside CTranslate2 and Hugging Face ``generate``.
+"""``python -m benchmarks.translation``: searches beside CTranslate2's and Hugging Face's.
 
-One set of random weights in three libraries: ours, CTranslate2 (through its own reader of the Hugging
-Face model) and a ``MarianMTModel``. Every sentence gets as many tokens as ``--tokens`` says, so that
-all do the same work; before anything is timed in fp32 all three must find the same tokens. A ratio
-above 1 means that ours is faster.
+One set of random weights in three libraries: ours, a ``MarianMTModel``, and CTranslate2 through its
+own reader of that. Every sentence gets as many tokens as ``--tokens`` says, so that all do the same
+work; before anything is timed in fp32 all three must find the same tokens. A ratio above 1 means
+that ours is faster.
 
 8-bit rows follow, ours beside CTranslate2's, and where the time of ours goes, by torch's profiler.
 """

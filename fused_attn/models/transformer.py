@@ -38,11 +38,14 @@ class Transformer(TransformerDecoding, nn.Module):
 
     Training calls ``forward`` (or ``decode`` and ``project``, to project chosen positions
     only). Generation calls ``start``, ``step``, ``reorder`` and ``replace``; see
-    ``fused_attn.generation.Decoder``. On a CPU, in fp32, it computes with a packed copy of the
-    weights, made by the first ``start`` and again by the first one after any weight changed; it
-    is in no state dict and in no copy of the model. Sequences are ``[B, S]`` and ``[B, T]``, padded at their
+    ``fused_attn.generation.Decoder``. Sequences are ``[B, S]`` and ``[B, T]``, padded at their
     end; positions at and behind their length are never looked at, whatever they hold, and what
     comes out there is unspecified.
+
+    On a CPU, in fp32, generation computes with a packed copy of the weights, made by the first
+    ``start`` and again by the first one after any of them changed; it is in no state dict and in
+    no copy of the model. There a sentence's logits have the same bits in every batch. Where a
+    module has hooks or was replaced by one of another type, the modules themselves are called.
 
     Embeddings are scaled by ``sqrt(d_model)`` and drawn with standard deviation
     ``d_model ** -0.5``, so that what enters the first layer is of the size of the positions;

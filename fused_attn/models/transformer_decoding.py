@@ -48,9 +48,10 @@ class TransformerDecoding:
 
     @property
     def decodes_on_static_shapes(self) -> bool:
-        """After ``reserve``, ``step`` and ``reorder`` neither wait for the device nor change shapes.
+        """Whether a CUDA graph can capture ``step`` and ``reorder`` after ``reserve``.
 
-        ``reorder`` with ``sentences`` does. A CUDA graph can capture the others.
+        They then neither wait for the device nor change shapes, but for ``reorder`` with
+        ``sentences``.
         """
         return True
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_attn.nn._linear import Product
 from fused_attn.nn.packed import (
     InferenceNorm,
     LinearFactory,
-    PackedAttention,
+    PackedCrossAttention,
     PackedFeedForward,
+    PackedSelfAttention,
 )
 from fused_attn.ops import attention, decode_attention
 
@@ -24,7 +26,7 @@ from .transformer_state import TransformerState
 # order, and a source's bits are to be the same in a longer batch.
 _FEWEST_POSITIONS = 9
 
-Branch = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Branch = Callable[[Tensor], Product]
 
 
 class PackedTransformer:
@@ -52,7 +54,7 @@ class PackedTransformer:
         self._norm_first = config.norm_first
         self._encoder = [
             (
-                PackedAttention.of(layer.self_attn, linear, cross=False),
+                PackedSelfAttention(layer.self_attn, linear),
                 PackedFeedForward(layer, linear),
             )
             for layer in model.encoder.layers
@@ -60,8 +62,8 @@ class PackedTransformer:
         self._encoder_norms = _norms(model.encoder, ("norm1", "norm2"))
         self._decoder = [
             (
-                PackedAttention.of(layer.self_attn, linear, cross=False),
-                PackedAttention.of(layer.multihead_attn, linear, cross=True),
+                PackedSelfAttention(layer.self_attn, linear),
+                PackedCrossAttention(layer.multihead_attn, linear),
                 PackedFeedForward(layer, linear),
             )
             for layer in model.decoder.layers
@@ -101,23 +103,23 @@ class PackedTransformer:
             x.add_(self._target_positions.at(position.rows))
         H, D = self._heads, self._head_size
 
-        def self_attention(layer: PackedAttention, index: int) -> Branch:
-            def branch(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        def self_attention(layer: PackedSelfAttention, index: int) -> Branch:
+            def branch(rows: Tensor) -> Product:
                 packed = layer.query_key_value(rows).view(-1, 3, H, D)
                 keys, values = state.cache.append(index, position, packed[:, 1:])
-                context = decode_attention(
+                context: Any = decode_attention(
                     packed[:, 0, :, None],
                     keys,
                     values,
                     key_lengths=position.key_lengths,
                     ancestry=position.ancestry,
                 )
-                return layer.output(context.view(rows.shape)), layer.output_bias
+                return layer.output(context.view(rows.shape))
 
             return branch
 
-        def cross_attention(layer: PackedAttention, index: int) -> Branch:
-            def branch(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        def cross_attention(layer: PackedCrossAttention, index: int) -> Branch:
+            def branch(rows: Tensor) -> Product:
                 query = layer.query(rows).view(-1, H, 1, D)
                 context, lse = decode_attention(
                     query,
@@ -128,7 +130,7 @@ class PackedTransformer:
                     return_lse=True,
                 )
                 state.looked = query, lse
-                return layer.output(context.view(rows.shape)), layer.output_bias
+                return layer.output(context.view(rows.shape))
 
             return branch
 
@@ -142,13 +144,13 @@ class PackedTransformer:
         return self._output(x).view(*tokens.shape, -1)
 
 
-def _encoder_attention(layer: PackedAttention, B: int, S: int, lengths: Tensor) -> Branch:
-    def branch(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+def _encoder_attention(layer: PackedSelfAttention, B: int, S: int, lengths: Tensor) -> Branch:
+    def branch(rows: Tensor) -> Product:
         packed = layer.query_key_value(rows).view(B, S, 3, layer.num_heads, -1)
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, S, D]
-        context = attention(query, key, value, query_lengths=lengths, key_lengths=lengths)
+        context: Any = attention(query, key, value, query_lengths=lengths, key_lengths=lengths)
         merged = context.transpose(1, 2).reshape(rows.shape)
-        return layer.output(merged), layer.output_bias
+        return layer.output(merged)
 
     return branch
 

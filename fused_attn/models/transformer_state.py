@@ -161,8 +161,8 @@ class KeyValueCache:
         last = max(self.known_positions(), default=0)
         if not last <= capacity <= self.max_length:
             raise ValueError(
-                f"{_NAME}: capacity must be in {last}..{self.max_length} (the tokens of the longest "
-                f"target and config.max_length), got {capacity}"
+                f"{_NAME}: capacity must be in {last}..{self.max_length} (the tokens of the "
+                f"longest target and config.max_length), got {capacity}"
             )
         if capacity > self.capacity:
             self._resize(capacity, last)
@@ -287,8 +287,8 @@ class TransformerState:
         """See ``fused_attn.generation.Decoder``."""
         if len(sentences) != len(other.source_lengths):
             raise ValueError(
-                f"{_NAME}: sentences must have shape [N] with N = {len(other.source_lengths)} (from "
-                f"other), got {list(sentences.shape)}"
+                f"{_NAME}: sentences must have shape [N] with N = {len(other.source_lengths)} "
+                f"(from other), got {list(sentences.shape)}"
             )
         if other.cache.beam_size != self.cache.beam_size:
             raise ValueError(
@@ -301,9 +301,10 @@ class TransformerState:
             )
         self.looked = None
         S = other.memory.size(4)
-        if self.memory.size(4) < S:
+        used = self.memory.size(4)
+        if used < S:
             shape = list(self.memory.shape)
-            used, shape[4] = shape[4], S
+            shape[4] = S
             grown = self.memory.new_empty(shape)
             grown[..., :used, :] = self.memory
             self.memory = grown

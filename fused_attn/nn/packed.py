@@ -9,8 +9,7 @@ has the same bits in every batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -84,36 +83,43 @@ class PackedLinear:
         return self._product(rows, self.weight, self.bias, activation, [], "")
 
 
-@dataclass(frozen=True)
 class PackedAttention:
     """The products of a :class:`MultiheadAttention`, its attention left to the caller.
 
-    The output projection's bias is left to the kernel that comes next.
+    Args:
+        module: Without a ``packing_reason``.
+        linear: Packs a weight.
     """
 
-    num_heads: int
-    query_key_value: InferenceLinear | None
-    """``[M, E] -> [M, 3 E]``; for self-attention."""
-    query: InferenceLinear | None
-    """``[M, E] -> [M, E]``; for cross-attention, like the next."""
-    key_value: InferenceLinear | None
-    """``[M, E] -> [M, 2 E]``."""
-    output: InferenceLinear
-    output_bias: Tensor | None
+    def __init__(self, module: MultiheadAttention, linear: LinearFactory) -> None:
+        self.num_heads = module.num_heads
+        self._output = linear(module.out_proj.weight, None)
+        self._output_bias = module.out_proj.bias
 
-    @classmethod
-    def of(cls, module: MultiheadAttention, linear: LinearFactory, *, cross: bool) -> Any:
-        """Pack one module's weights; there must be no ``packing_reason``."""
+    def output(self, context: Tensor) -> Product:
+        """Output projection of merged heads ``[M, E]``, its bias left to the next kernel."""
+        return Product(self._output(context), self._output_bias)
+
+
+class PackedSelfAttention(PackedAttention):
+    """Queries, keys and values of one sequence, in one product."""
+
+    def __init__(self, module: MultiheadAttention, linear: LinearFactory) -> None:
+        super().__init__(module, linear)
+        self.query_key_value = linear(module.in_proj_weight, module.in_proj_bias)
+        """``[M, E] -> [M, 3 E]``."""
+
+
+class PackedCrossAttention(PackedAttention):
+    """Queries of one sequence, keys and values of another."""
+
+    def __init__(self, module: MultiheadAttention, linear: LinearFactory) -> None:
+        super().__init__(module, linear)
         weight, bias, E = module.in_proj_weight, module.in_proj_bias, module.embed_dim
-        head, tail = (None, None) if bias is None else (bias[:E], bias[E:])
-        return cls(
-            num_heads=module.num_heads,
-            query_key_value=None if cross else linear(weight, bias),
-            query=linear(weight[:E], head) if cross else None,
-            key_value=linear(weight[E:], tail) if cross else None,
-            output=linear(module.out_proj.weight, None),
-            output_bias=module.out_proj.bias,
-        )
+        self.query = linear(weight[:E], None if bias is None else bias[:E])
+        """``[M, E] -> [M, E]``."""
+        self.key_value = linear(weight[E:], None if bias is None else bias[E:])
+        """``[M, E] -> [M, 2 E]``."""
 
 
 class PackedFeedForward:
@@ -160,10 +166,11 @@ class InferenceNorm:
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
-        self._name = None
-        if type(module) in (LayerNorm, AddLayerNorm) and len(module.normalized_shape) == 1:
+        self._name: Literal["layer_norm", "rms_norm"] | None = None
+        is_flat = len(getattr(module, "normalized_shape", ())) == 1
+        if type(module) in (LayerNorm, AddLayerNorm) and is_flat:
             self._name = "layer_norm"
-        elif type(module) is RMSNorm and len(module.normalized_shape) == 1 and module.eps:
+        elif type(module) is RMSNorm and is_flat and module.eps:
             self._name = "rms_norm"
 
     def __call__(
