@@ -441,6 +441,8 @@ def test_equal_totals_of_different_logits_keep_the_order_of_the_logits(backend: 
 @pytest.mark.parametrize("K", [1, 2, 4, 63, 64, 65, 130])
 def test_all_tied_candidates_go_to_the_lowest_beam_and_token(backend: str, K: int) -> None:
     V = 9000
+    if backend == "triton" and K > 64:
+        pytest.skip("triton takes up to 64 beams")
     step = beam_search_step(
         torch.zeros(2, K, V), torch.zeros(2, K), eos_token=V - 1, backend=backend
     )
@@ -597,7 +599,7 @@ def test_wrong_shapes_and_values_are_named() -> None:
             "shortlist must have shape [B, N] with B = 2 (from logits), got [3, 4]",
         ),
         ({"shortlist": torch.arange(4)}, "shortlist must have shape [B, N], got [4]"),
-        ({"backend": "gpu"}, "unknown backend 'gpu', expected one of cpu, cuda, reference"),
+        ({"backend": "gpu"}, "unknown backend 'gpu', expected one of cpu, cuda, reference, triton"),
     ]
     for change, message in wrong:
         arguments: dict[str, Any] = {"logits": logits, "scores": scores, "eos_token": 2, **change}

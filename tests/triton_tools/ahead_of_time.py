@@ -252,6 +252,38 @@ def _launch_decode_attention(
     )
 
 
+def _launch_beam_search(
+    dtype: str, B: int = 16, K: int = 4, V: int = 32000, options: str = "plain"
+) -> None:
+    """``beam_search_step`` on tensors without memory.
+
+    Args:
+        dtype: Of the logits.
+        B: Sentences.
+        K: Beams.
+        V: Tokens.
+        options: ``plain`` has none, ``edited`` edits, ``everything`` all of them.
+    """
+    import torch
+
+    from fused_attn.ops.beam_search import triton as backend
+
+    def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    everything = options == "everything"
+    edits = [empty(B, K, 200, kind=k) for k in (torch.int64, torch.float32, torch.float32)]
+    backend.step(
+        empty(B, K, V, kind=getattr(torch, dtype)),
+        empty(B, K),
+        2,
+        empty(B) if everything else None,
+        *(edits if options != "plain" else (None, None, None)),
+        empty(B, kind=torch.int64) if everything else None,
+        empty(B, V // 4, kind=torch.int64) if everything else None,
+    )
+
+
 def _launch_attention(
     dtype: str,
     head_size: int,
@@ -332,6 +364,7 @@ def _launch_attention(
 LAUNCHERS = {
     "add_layer_norm": _launch_add_layer_norm,
     "attention": _launch_attention,
+    "beam_search": _launch_beam_search,
     "bias_activation_dropout": _launch_bias_activation_dropout,
     "decode_attention": _launch_decode_attention,
 }

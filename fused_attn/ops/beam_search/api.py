@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .._backend import describe_tensor, resolve
 from .._check import check_device, check_dtype, check_floating, check_rank, check_tensor
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton
 from .contract import beam_search_step_fused
 from .edits import TokenEdits
 from .reference import beam_search_step_reference
 
 _OP = "beam_search_step"
-BACKENDS = {"cpu": cpu, "cuda": cuda, "reference": reference}
+BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "reference": reference}
 
 
 class BeamSearchStep(NamedTuple):
@@ -89,7 +89,7 @@ def beam_search_step(
             -1 where all may. Default: all may.
         shortlist: ``[B, N]`` int64, the sentence's vocabulary: ascending tokens, then -1.
             Default: 0..V-1.
-        backend: ``cpu``, ``cuda`` or ``reference``; default: the first that can.
+        backend: ``cpu``, ``cuda``, ``triton`` or ``reference``; default: the first that can.
 
     Raises:
         TypeError: An argument is no tensor, or of a wrong dtype.
