@@ -108,20 +108,27 @@ def steps(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
     return torch.tensor([logits]), torch.tensor([scores]), draw(st.integers(0, V - 1))
 
 
+# Triton's interpreter takes as long for one example as a compiled kernel for a hundred.
+FEWER = {"triton": 10}
+
+
 @on_each_backend
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(step=steps())
-def test_equals_brute_force(backend: str, step: tuple[Tensor, Tensor, int]) -> None:
-    logits, scores, eos = step
-    expected = brute_force(logits[0].numpy(), scores[0].numpy(), eos)
-    actual = beam_search_step(logits, scores, eos_token=eos, backend=backend)
-    for name in ("scores", "finished_scores"):
-        got, want = getattr(actual, name)[0], torch.tensor(expected[name])
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    # Rows of different contents may tie in exact arithmetic and be a rounding apart in fp32.
-    if len({tuple(row) for row in logits[0].tolist()}) == 1:
-        for name in ("tokens", "parents", "finished_parents"):
-            assert getattr(actual, name)[0].tolist() == expected[name], name
+def test_equals_brute_force(backend: str) -> None:
+    @settings(max_examples=200 // FEWER.get(backend, 1), deadline=None, derandomize=True)
+    @given(step=steps())
+    def check(step: tuple[Tensor, Tensor, int]) -> None:
+        logits, scores, eos = step
+        expected = brute_force(logits[0].numpy(), scores[0].numpy(), eos)
+        actual = beam_search_step(logits, scores, eos_token=eos, backend=backend)
+        for name in ("scores", "finished_scores"):
+            got, want = getattr(actual, name)[0], torch.tensor(expected[name])
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        # Rows of different contents may tie in exact arithmetic and be a rounding apart in fp32.
+        if len({tuple(row) for row in logits[0].tolist()}) == 1:
+            for name in ("tokens", "parents", "finished_parents"):
+                assert getattr(actual, name)[0].tolist() == expected[name], name
+
+    check()
 
 
 @st.composite
@@ -169,20 +176,23 @@ def tensors_of(options: dict[str, Any], K: int) -> dict[str, Any]:
 
 
 @processing
-@settings(max_examples=400, deadline=None, derandomize=True)
-@given(drawn=processed_steps())
-def test_processed_equals_brute_force(
-    backend: str, drawn: tuple[tuple[Tensor, Tensor, int], dict[str, Any]]
-) -> None:
-    (logits, scores, eos), options = drawn
-    K = logits.size(1)
-    expected = brute_force(logits[0].numpy(), scores[0].numpy(), eos, **options)
-    actual = beam_search_step(
-        logits, scores, eos_token=eos, **tensors_of(options, K), backend=backend
-    )
-    for name in ("scores", "finished_scores"):
-        got, want = getattr(actual, name)[0], torch.tensor(expected[name])
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+def test_processed_equals_brute_force(backend: str) -> None:
+    @settings(max_examples=400 // FEWER.get(backend, 1), deadline=None, derandomize=True)
+    @given(drawn=processed_steps())
+    def check(drawn: tuple[tuple[Tensor, Tensor, int], dict[str, Any]]) -> None:
+        (logits, scores, eos), options = drawn
+        K = logits.size(1)
+        expected = brute_force(logits[0].numpy(), scores[0].numpy(), eos, **options)
+        actual = beam_search_step(
+            logits, scores, eos_token=eos, **tensors_of(options, K), backend=backend
+        )
+        for name in ("scores", "finished_scores"):
+            # Sorted: what rounding alone tells apart may change ranks, and slots of what ends.
+            got = getattr(actual, name)[0].sort(descending=True).values
+            want = torch.tensor(expected[name]).sort(descending=True).values
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+    check()
 
 
 @processing
