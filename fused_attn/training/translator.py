@@ -24,7 +24,7 @@ _NO_CONSTRAINTS = Constraints()
 
 # Batches that may be read beyond the next line that comes out: enough that neighbours by length
 # are alike, few enough that the next line does not wait for long.
-_BATCHES_AHEAD = 16
+_BATCHES_AHEAD = 8
 
 
 class Candidate(NamedTuple):
@@ -122,7 +122,7 @@ class Translator:
                 the seed, the line and its number alone.
             constraints: What translations must obey.
             read_ahead: How many lines from the next one on that comes out may be in work, at least
-                2. Default: 16 batches.
+                2. Default: 8 batches.
 
         Yields:
             A translation for each line.
@@ -140,7 +140,7 @@ class Translator:
             # How often the search begins anew depends on when lines arrive.
             strategy = dataclasses.replace(strategy, seed=int(torch.randint(2**62, ())))
         order = _Order()
-        incoming = arrivals(lines, read_ahead)
+        incoming = arrivals(lines, read_ahead // 2)
         try:
             while not incoming.have_ended:
                 sources = self._sources(incoming, read_ahead // 2, order)
