@@ -31,6 +31,9 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sentences decoded at a time; default: 32, on a GPU 128",
     )
+    parser.add_argument(
+        "--int8", action="store_true", help="with an 8-bit copy of the model, on a CPU"
+    )
     group = parser.add_argument_group("beam search")
     group.add_argument("--beam", type=positive(int), metavar="K", help="default: 4")
     group.add_argument(

@@ -53,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     constraints = select_constraints(arguments)
     text = read_parallel(arguments.src, arguments.ref)
     device = select_device(arguments)
-    translator = load_translator(arguments.model, device=device, batch_size=arguments.batch_size)
+    translator = load_translator(
+        arguments.model, device=device, batch_size=arguments.batch_size, int8=arguments.int8
+    )
     started = time.perf_counter()
     translations = translator.translate(
         text.source,

@@ -65,7 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
     device = select_device(arguments)
     name = "<stdin>" if arguments.input == "-" else arguments.input
     lines = _open(arguments.input, name)
-    translator = load_translator(arguments.model, device=device, batch_size=arguments.batch_size)
+    translator = load_translator(
+        arguments.model, device=device, batch_size=arguments.batch_size, int8=arguments.int8
+    )
     total = len(lines) if isinstance(lines, Sequence) else None
     translations = translator.translate_each(lines, strategy=strategy, constraints=constraints)
     status = 0

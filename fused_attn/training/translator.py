@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fused_attn.generation import BeamSearch, Constraints, Greedy, Result, Sampling, generate_each
-from fused_attn.models import Transformer, TransformerConfig
+from fused_attn.models import QuantizedTransformer, Transformer, TransformerConfig, quantize
 
 from ._read_ahead import Arrivals, arrivals
 from .checkpoint import Vocabularies, find_model, load_config, load_vocabularies, load_weights
@@ -54,13 +54,17 @@ class Translator:
     """Translates text with a Transformer.
 
     Args:
-        model: The model.
+        model: The model, or an 8-bit copy of it.
         vocabularies: Those it was trained with.
         batch_size: Sentences decoded at a time. Default: 32 on a CPU, 128 on a GPU.
     """
 
     def __init__(
-        self, model: Transformer, vocabularies: Vocabularies, *, batch_size: int | None = None
+        self,
+        model: Transformer | QuantizedTransformer,
+        vocabularies: Vocabularies,
+        *,
+        batch_size: int | None = None,
     ) -> None:
         self.model = model
         self.vocabularies = vocabularies
@@ -204,7 +208,7 @@ class Translator:
         constraints: Constraints,
     ) -> Iterator[tuple[int, Translation]]:
         """The number and the translation of each source, as they finish."""
-        training = self.model.training
+        was_training = self.model.training
         self.model.eval()
         try:
             for number, result in generate_each(
@@ -218,7 +222,8 @@ class Translator:
             ):
                 yield number, self._read(result)
         finally:
-            self.model.train(training)
+            if was_training:
+                self.model.train()
 
     def _read(self, result: Result) -> Translation:
         texts = self.vocabularies.target.decode([found.tokens for found in result.hypotheses])
@@ -227,6 +232,8 @@ class Translator:
 
     @property
     def _device(self) -> torch.device:
+        if isinstance(self.model, QuantizedTransformer):
+            return torch.device("cpu")
         return next(self.model.parameters()).device
 
     @property
@@ -277,7 +284,11 @@ def _raise_first(found: dict[int, Translation], name: str) -> None:
 
 
 def load_translator(
-    path: str | Path, *, device: str | torch.device = "cpu", batch_size: int | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int | None = None,
+    int8: bool = False,
 ) -> Translator:
     """Load a trained model with its vocabularies.
 
@@ -285,8 +296,10 @@ def load_translator(
         path: A checkpoint or the directory of a training run.
         device: Where to put the model.
         batch_size: See ``Translator``.
+        int8: Decode with an 8-bit copy of the model, on a CPU.
 
     Raises:
+        InputError: There can be no 8-bit copy.
         CheckpointError: There is no checkpoint, or it is damaged or of another kind of model.
     """
     checkpoint = find_model(path)
@@ -307,4 +320,10 @@ def load_translator(
             )
     model = Transformer(config)
     model.load_state_dict(load_weights(checkpoint, model.state_dict()))
-    return Translator(model.to(device).eval(), vocabularies, batch_size=batch_size)
+    model = model.to(device).eval()
+    if not int8:
+        return Translator(model, vocabularies, batch_size=batch_size)
+    try:
+        return Translator(quantize(model), vocabularies, batch_size=batch_size)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from error

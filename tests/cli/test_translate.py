@@ -167,6 +167,17 @@ def test_options_reach_the_search(model, expected, monkeypatch, capfd) -> None:
     assert found("--beam=1") == [row[2:] for row in found("--beam=1", "--n-best=1")]
 
 
+def test_an_8_bit_copy_says_nearly_the_same(model, monkeypatch, capfd) -> None:
+    def score(*options: str) -> float:
+        give(monkeypatch, LINES[0].encode())
+        assert main(["translate", model, "--beam=1", "--n-best=1", *options]) == 0
+        return float(capfd.readouterr().out.split("\t")[1])
+
+    rounded, exact = score("--int8"), score()
+    assert rounded != exact
+    assert abs(rounded - exact) < 0.2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
