@@ -100,9 +100,9 @@ class Counted(list[str]):
 
 
 def test_no_more_is_read_ahead_than_is_said() -> None:
-    translator = Translator(*tiny_model(), batch_size=2)
+    translator = Translator(*tiny_model(), batch_size=4)
     # The first line takes far longer than those that follow.
-    lines = Counted(["abcdefghijkl" * 2, *"abcdefghijkl" * 4])
+    lines = Counted(["abcdefghijkl" * 4, *"abcdefghijkl" * 4])
     ahead = []
     for out, _ in enumerate(translator.translate_each(lines, read_ahead=8)):
         ahead.append(min(lines.read, len(lines)) - out)
