@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -39,22 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fused-attn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        # Importing a command takes a second (torch), so only the one that is meant.
-        if name in words[:1]:
-            importlib.import_module(f"{__name__}.{name}").add_arguments(command)
-    arguments = parser.parse_args(words)
-    run = importlib.import_module(f"{__name__}.{arguments.command}").run
     try:
-        return run(arguments)
+        for name, summary in COMMANDS.items():
+            command = commands.add_parser(name, help=summary, description=summary)
+            # Importing a command takes a second (torch), so only the one that is meant.
+            if name in words[:1]:
+                importlib.import_module(f"{__name__}.{name}").add_arguments(command)
+        arguments = parser.parse_args(words)
+        return importlib.import_module(f"{__name__}.{arguments.command}").run(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe has what it wanted, e.g. `fused-attn translate | head`.
-        sys.stderr.close()
+        # The reader of a pipe has what it wanted, e.g. `fused-attn translate | head`. What is left
+        # for it goes nowhere, so that the interpreter does not complain of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
-        print(f"fused-attn {arguments.command}: {error}", file=sys.stderr)
+        print(f"fused-attn {words[0]}: {error}", file=sys.stderr)
         return 2

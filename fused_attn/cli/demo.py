@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_attn.generation import BeamSearch
 from fused_attn.models import Transformer, TransformerConfig
 from fused_attn.training.checkpoint import Vocabularies
 from fused_attn.training.config import TrainingConfig
@@ -28,7 +29,7 @@ _TRAINING_PAIRS = 60_000
 _TEST_PAIRS = 500
 _SHOWN = 10
 _VOCABULARY_SENTENCES = 10_000
-_BEAM = 4
+_STRATEGY = BeamSearch(beam_size=4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,11 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
     trainer = _train(model, training, vocabularies, arguments)
     minutes = (time.perf_counter() - started) / 60
     print(
-        f"{trainer.progress.step} updates in {minutes:.1f} minutes. Translating with {_BEAM} beams"
+        f"{trainer.progress.step} updates in {minutes:.1f} minutes. Translating with "
+        f"{_STRATEGY.beam_size} beams"
     )
     translator = Translator(model, vocabularies)
     outputs = translator.translate(
-        [source for source, _ in test], beam_size=_BEAM, progress=sys.stderr.isatty()
+        [source for source, _ in test], strategy=_STRATEGY, progress=sys.stderr.isatty()
     )
     references = [reference for _, reference in test]
     for (source, reference), output in list(zip(test, outputs, strict=True))[:_SHOWN]:
@@ -141,7 +143,7 @@ class _Heat(NamedTuple):
 def _attention(translator: Translator, source: str) -> _Heat:
     vocabularies, model = translator.vocabularies, translator.model
     (source_ids,) = vocabularies.source.encode([source])
-    (target,) = translator.translate([source], beam_size=_BEAM)
+    (target,) = translator.translate([source], strategy=_STRATEGY)
     (target_ids,) = vocabularies.target.encode([target])
     model.eval()
     weights = model.cross_attention_weights(

@@ -10,12 +10,14 @@ from fused_attn.training.data import read_parallel
 from fused_attn.training.metrics import corpus_bleu, exact_match
 from fused_attn.training.translator import load_translator
 
+from ._line_writer import LineWriter
 from ._text import (
     add_decoding_arguments,
     add_device_arguments,
-    check_source_lengths,
+    describe,
+    select_constraints,
     select_device,
-    write_lines,
+    select_strategy,
 )
 
 
@@ -47,28 +49,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Translate and score; 0 whatever the score."""
+    strategy = select_strategy(arguments)
+    constraints = select_constraints(arguments)
     text = read_parallel(arguments.src, arguments.ref)
     device = select_device(arguments)
-    translator = load_translator(arguments.model, device=device, max_tokens=arguments.max_tokens)
-    check_source_lengths(translator, text.source, arguments.src)
+    translator = load_translator(
+        arguments.model, device=device, batch_size=arguments.batch_size, int8=arguments.int8
+    )
     started = time.perf_counter()
     translations = translator.translate(
         text.source,
-        beam_size=arguments.beam,
-        length_penalty=arguments.length_penalty,
+        strategy=strategy,
+        constraints=constraints,
+        name=arguments.src,
         progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - started
     if arguments.output is not None:
-        write_lines(arguments.output, translations)
+        with LineWriter(arguments.output) as output:
+            for translation in translations:
+                output.write(f"{translation}\n")
+            output.finish()
     bleu = corpus_bleu(translations, text.target, tokenization=arguments.tokenize)
     exact = exact_match(translations, text.target)
     print(bleu)
     print(bleu.details)
     print(f"exact match = {100 * exact:.1f} % of {len(text)} sentences")
     print(
-        f"translated in {seconds:.1f} s, {len(text) / seconds:.1f} sentences/s, beam "
-        f"{arguments.beam}, {device}",
+        f"translated in {seconds:.1f} s, {len(text) / seconds:.1f} sentences/s, "
+        f"{describe(strategy)}, {device}",
         file=sys.stderr,
     )
     return 0

@@ -9,6 +9,7 @@ from typing import get_args
 
 import torch
 
+from fused_attn.generation import BeamSearch, Greedy
 from fused_attn.models import Transformer, TransformerConfig
 from fused_attn.models.config import Activation, Norm
 from fused_attn.training.checkpoint import (
@@ -347,11 +348,13 @@ def _validation(
     if arguments.valid_beam == 0:
         return Validation(dataset)
     translator = Translator(model, vocabularies)
+    beams = arguments.valid_beam
+    strategy = Greedy() if beams == 1 else BeamSearch(beam_size=beams)
     return Validation(
         dataset,
         held_out.source,
         held_out.target,
-        lambda sentences: translator.translate(sentences, beam_size=arguments.valid_beam),
+        lambda sentences: translator.translate(sentences, strategy=strategy),
         arguments.tokenize,
     )
 

@@ -29,6 +29,8 @@ _GPU_BATCH_SIZE = 128
 
 _NO_CONSTRAINTS = Constraints()
 
+Source = Tensor | Sequence[int]
+
 
 @torch.inference_mode()
 def generate(
@@ -88,8 +90,9 @@ def generate(
 @torch.inference_mode()
 def generate_each(
     model: Decoder[State],
-    sources: Iterable[Tensor | Sequence[int]],
+    sources: Iterable[Source] | Iterable[tuple[int, Source]],
     *,
+    numbered: bool = False,
     strategy: Strategy | None = None,
     constraints: Constraints = _NO_CONSTRAINTS,
     max_length: int | None = None,
@@ -108,6 +111,9 @@ def generate_each(
     Args:
         model: A decoder.
         sources: ``[S]`` token indices each, or ``[S, ...]`` features.
+        numbered: Sources come in pairs, each after a number of its own, at least 0: what is
+            yielded with its result, and what its samples are drawn by, so that those do not
+            depend on the order of the sources. Default: they are counted from 0.
         strategy: See ``generate``; so are the other options.
         constraints: With one prefix and one shortlist for all.
         max_length: See ``generate``.
@@ -117,7 +123,7 @@ def generate_each(
         device: Where the model is. Default: where a source that is a tensor is; else the CPU.
 
     Yields:
-        ``(number, result)``, the number counted from 0.
+        ``(number, result)``.
 
     Raises:
         TypeError: See ``generate``.
@@ -137,7 +143,8 @@ def generate_each(
     shortlist: Any = constraints.shortlist
 
     def jobs() -> Iterator[Job]:
-        for number, tokens in enumerate(sources):
+        pairs: Iterable[Any] = sources if numbered else enumerate(sources)
+        for number, tokens in pairs:
             source: Tensor = tokens if isinstance(tokens, Tensor) else torch.tensor(list(tokens))
             source = source.to(source.device if device is None else device)
             why = too_long(search, model, len(source), number)

@@ -7,12 +7,14 @@ position.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Literal
 
@@ -29,27 +31,27 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _ADVICE = "correct the file, or skip such pairs (bad pairs: skip)"
 
 
-def read_lines(path: str | Path) -> list[str]:
+def read_lines(path: str | Path, *, strict: bool = True) -> list[str]:
     """Read a UTF-8 text file, plain or gzip-compressed, without line ends.
 
     Lines end at ``\\n`` or ``\\r\\n`` and nowhere else (not at Unicode's other separators, which
     occur inside sentences). Compression is recognised by content. ``-`` is standard input.
+
+    Args:
+        path: The file.
+        strict: Refuse bytes that are not UTF-8; else they stay, as ``surrogateescape`` has them.
 
     Raises:
         DataError: The file cannot be read or decompressed, or holds bytes that are not UTF-8; in
             that case the message names the line.
     """
     name = "<stdin>" if str(path) == "-" else str(path)
-    try:
+    with _naming_what_is_wrong(name):
         data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
         if data.startswith(_GZIP_MAGIC):
             data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{name}: damaged gzip file: {error}") from error
-    except OSError as error:
-        raise DataError(f"{name}: cannot read: {error.strerror or error}") from error
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8", "strict" if strict else "surrogateescape")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         column = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
@@ -61,6 +63,37 @@ def read_lines(path: str | Path) -> list[str]:
     if lines[-1] == "":
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
+
+
+def iterate_lines(stream: BufferedReader, name: str) -> Iterator[str]:
+    """Read lines as they arrive, as ``read_lines`` with ``strict=False`` reads a file.
+
+    Args:
+        stream: Where from.
+        name: What to call it in an error message.
+
+    Raises:
+        DataError: It cannot be read or decompressed.
+    """
+    mark = "\ufeff"
+    with _naming_what_is_wrong(name):
+        lines: Iterable[bytes] = stream
+        if stream.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC):
+            lines = gzip.GzipFile(fileobj=stream)
+        for line in lines:
+            text = line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+            yield text.removeprefix(mark)
+            mark = ""
+
+
+@contextlib.contextmanager
+def _naming_what_is_wrong(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name}: damaged gzip file: {error}") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot read: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)

@@ -2,106 +2,304 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from fused_attn.generation import beam_search, greedy_search
-from fused_attn.models import Transformer, TransformerConfig
+from fused_attn.generation import BeamSearch, Constraints, Greedy, Result, Sampling, generate_each
+from fused_attn.models import QuantizedTransformer, Transformer, TransformerConfig, quantize
 
+from ._read_ahead import Arrivals, arrivals
 from .checkpoint import Vocabularies, find_model, load_config, load_vocabularies, load_weights
-from .data import ParallelDataset, TokenBatches
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
+from .text import EOS
+
+_NO_CONSTRAINTS = Constraints()
+
+# Batches that may be read beyond the next line that comes out: enough that neighbours by length
+# are alike, few enough that the next line does not wait for long.
+_BATCHES_AHEAD = 8
+
+
+class Candidate(NamedTuple):
+    """One translation of a line."""
+
+    text: str
+    score: float
+    """What the search ranks by."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What became of a line."""
+
+    candidates: list[Candidate] = dataclasses.field(default_factory=list)
+    """Best first; samples in the order that they were drawn. None for an empty line."""
+    error: str | None = None
+    """Why there is no translation; None where there is one, or nothing to translate."""
+
+    @property
+    def text(self) -> str:
+        """The first translation; empty where there is none."""
+        return self.candidates[0].text if self.candidates else ""
 
 
 class Translator:
     """Translates text with a Transformer.
 
     Args:
-        model: The model.
+        model: The model, or an 8-bit copy of it.
         vocabularies: Those it was trained with.
-        max_tokens: Most source tokens decoded at once, padding counted.
+        batch_size: Sentences decoded at a time. Default: 32 on a CPU, 128 on a GPU.
     """
 
     def __init__(
-        self, model: Transformer, vocabularies: Vocabularies, *, max_tokens: int = 4096
+        self,
+        model: Transformer | QuantizedTransformer,
+        vocabularies: Vocabularies,
+        *,
+        batch_size: int | None = None,
     ) -> None:
         self.model = model
         self.vocabularies = vocabularies
-        self._max_tokens = max_tokens
-
-    def encode(self, sentences: Sequence[str]) -> list[list[int]]:
-        """Return the source tokens of each sentence, without special ids."""
-        return self.vocabularies.source.encode(sentences)
+        self._given_batch_size = batch_size
 
     def translate(
         self,
         sentences: Sequence[str],
         *,
-        beam_size: int = 4,
-        length_penalty: float = 1.0,
+        strategy: BeamSearch | Greedy | Sampling | None = None,
+        constraints: Constraints = _NO_CONSTRAINTS,
+        name: str = "sentences",
         progress: bool = False,
     ) -> list[str]:
         """Translate sentences, in their order; an empty sentence gives an empty one.
 
-        They are decoded in batches of similar length, the longest first, so that memory runs
-        out at once or not at all.
+        They are decoded by length, the longest first, so that memory runs out at once or not at
+        all.
 
         Args:
             sentences: The source text.
-            beam_size: Hypotheses kept a sentence; 1 is greedy search.
-            length_penalty: Divides the log-probability by length to this power.
+            strategy: How translations are searched. Default: ``BeamSearch()``.
+            constraints: What translations must obey.
+            name: What to call the sentences in an error message, usually their file.
             progress: Show a progress bar on standard error.
+
+        Raises:
+            InputError: A sentence cannot be translated; the message names it.
         """
-        tokens = self.encode(sentences)
-        present = [index for index, ids in enumerate(tokens) if ids]
-        dataset = ParallelDataset([tokens[index] for index in present], [[] for _ in present])
-        batches = TokenBatches(dataset, max_tokens=self._max_tokens, seed=0).in_order()[::-1]
-        device = next(self.model.parameters()).device
-        output = [""] * len(sentences)
-        training = self.model.training
+        found, sources = self._prepare(sentences, 0)
+        sources.sort(key=_length, reverse=True)
+        _raise_first(found, name)
+        bar = tqdm(total=len(sources), unit=" sentences", desc="translate", disable=not progress)
+        with bar:
+            for number, translation in self._decode(sources, strategy, constraints):
+                found[number] = translation
+                bar.update()
+        _raise_first(found, name)
+        return [found[number].text for number in range(len(sentences))]
+
+    def translate_each(
+        self,
+        lines: Iterable[str],
+        *,
+        strategy: BeamSearch | Greedy | Sampling | None = None,
+        constraints: Constraints = _NO_CONSTRAINTS,
+        read_ahead: int | None = None,
+    ) -> Iterator[Translation]:
+        """Translate a stream of lines, yielding each one's translation as soon as it is next.
+
+        Lines are taken as they arrive: one that comes alone is translated at once; of many, those
+        of similar length are decoded together, and their order is restored. A line that fails
+        does not stop the others.
+
+        Args:
+            lines: The source text: a sequence, or anything that yields lines in its own time; that
+                is read in another thread.
+            strategy: How translations are searched. Default: ``BeamSearch()``. Samples depend on
+                the seed, the line and its number alone.
+            constraints: What translations must obey.
+            read_ahead: How many lines from the next one on that comes out may be in work, at least
+                2. Default: 8 batches.
+
+        Yields:
+            A translation for each line.
+
+        Raises:
+            ValueError: ``read_ahead`` or an option of the search is out of range.
+            Exception: What reading the lines has ended with, after the translations of those that
+                came before.
+        """
+        if read_ahead is None:
+            read_ahead = _BATCHES_AHEAD * self._batch_size
+        if read_ahead < 2:
+            raise ValueError(f"translate_each: read_ahead must be at least 2, got {read_ahead}")
+        if isinstance(strategy, Sampling) and strategy.seed is None:
+            # How often the search begins anew depends on when lines arrive.
+            strategy = dataclasses.replace(strategy, seed=int(torch.randint(2**62, ())))
+        order = _Order()
+        incoming = arrivals(lines, read_ahead // 2)
+        try:
+            while not incoming.have_ended:
+                sources = self._sources(incoming, read_ahead // 2, order)
+                for number, translation in self._decode(sources, strategy, constraints):
+                    order.put({number: translation})
+                    yield from order.ready()
+                yield from order.ready()
+            if incoming.error is not None:
+                raise incoming.error
+        finally:
+            incoming.close()
+
+    def _sources(
+        self, incoming: Arrivals, most: int, order: _Order
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Sources of the lines that are there, of similar length one after the other.
+
+        The first is waited for. It ends when no line is there, so that nothing in work waits for
+        one to arrive; and when some of the lines before the last ``most`` are not out yet.
+        """
+        lines = incoming.take(most, wait=True)
+        for longest_first in itertools.cycle((True, False)):
+            first = incoming.count - len(lines)
+            found, sources = self._prepare(lines, first)
+            order.put(found)
+            # Where the one window ends, the next begins.
+            sources.sort(key=_length, reverse=longest_first)
+            yield from sources
+            if order.next < first:
+                return
+            lines = incoming.take(most, wait=False)
+            if not lines:
+                return
+
+    def _prepare(
+        self, lines: Sequence[str], first: int
+    ) -> tuple[dict[int, Translation], list[tuple[int, list[int]]]]:
+        """Lines from number ``first`` on: those that need no model, and the sources of the rest."""
+        found: dict[int, Translation] = {}
+        sources: list[tuple[int, list[int]]] = []
+        errors = [_why_no_text(line) for line in lines]
+        texts = ["" if error else line for line, error in zip(lines, errors, strict=True)]
+        longest = self.model.max_length
+        encoded = self.vocabularies.source.encode(texts)
+        for number, (tokens, error) in enumerate(zip(encoded, errors, strict=True), start=first):
+            if error is None and len(tokens) >= longest:
+                error = (
+                    f"the sentence has {len(tokens)} tokens, over the model's limit of "
+                    f"{longest - 1}"
+                )
+            if error is not None or not tokens:
+                found[number] = Translation([], error)
+            else:
+                sources.append((number, [*tokens, EOS]))
+        return found, sources
+
+    def _decode(
+        self,
+        sources: Iterable[tuple[int, list[int]]],
+        strategy: BeamSearch | Greedy | Sampling | None,
+        constraints: Constraints,
+    ) -> Iterator[tuple[int, Translation]]:
+        """The number and the translation of each source, as they finish."""
+        was_training = self.model.training
         self.model.eval()
         try:
-            with tqdm(
-                total=len(present), unit=" sentences", desc="translate", disable=not progress
-            ) as bar:
-                for indices in batches:
-                    batch = dataset.batch(indices).to(device)
-                    if beam_size == 1:
-                        found = greedy_search(self.model, batch.source, batch.source_lengths)
-                    else:
-                        found = [
-                            hypotheses[0]
-                            for hypotheses in beam_search(
-                                self.model,
-                                batch.source,
-                                batch.source_lengths,
-                                beam_size=beam_size,
-                                length_penalty=length_penalty,
-                            )
-                        ]
-                    texts = self.vocabularies.target.decode([best.tokens for best in found])
-                    for index, text in zip(indices, texts, strict=True):
-                        output[present[index]] = text
-                    bar.update(len(indices))
+            for number, result in generate_each(
+                self.model,
+                sources,
+                numbered=True,
+                strategy=strategy,
+                constraints=constraints,
+                batch_size=self._batch_size,
+                device=self._device,
+            ):
+                yield number, self._read(result)
         finally:
-            self.model.train(training)
-        return output
+            if was_training:
+                self.model.train()
+
+    def _read(self, result: Result) -> Translation:
+        texts = self.vocabularies.target.decode([found.tokens for found in result.hypotheses])
+        scores = [found.score for found in result.hypotheses]
+        return Translation(list(map(Candidate, texts, scores)), result.error)
+
+    @property
+    def _device(self) -> torch.device:
+        if isinstance(self.model, QuantizedTransformer):
+            return torch.device("cpu")
+        return next(self.model.parameters()).device
+
+    @property
+    def _batch_size(self) -> int:
+        if self._given_batch_size is not None:
+            return self._given_batch_size
+        return 32 if self._device.type == "cpu" else 128
+
+
+class _Order:
+    """Translations that wait for those of earlier lines."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        """Number of the line that comes out next."""
+        self._waiting: dict[int, Translation] = {}
+
+    def put(self, found: dict[int, Translation]) -> None:
+        self._waiting |= found
+
+    def ready(self) -> Iterator[Translation]:
+        while self.next in self._waiting:
+            translation = self._waiting.pop(self.next)
+            self.next += 1
+            yield translation
+
+
+def _length(source: tuple[int, list[int]]) -> int:
+    return len(source[1])
+
+
+def _why_no_text(line: str) -> str | None:
+    """Why a line is no text; ``surrogateescape`` has put bytes that are not UTF-8 into it."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        code, position = ord(line[error.start]), len(line[: error.start].encode()) + 1
+        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code < 0xDD00 else f"surrogate {code:#x}"
+        return f"not UTF-8: {what} at position {position} of the line"
+    return None
+
+
+def _raise_first(found: dict[int, Translation], name: str) -> None:
+    for number in sorted(found):
+        error = found[number].error
+        if error is not None:
+            raise InputError(f"{name}:{number + 1}: {error}")
 
 
 def load_translator(
-    path: str | Path, *, device: str | torch.device = "cpu", max_tokens: int = 4096
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int | None = None,
+    int8: bool = False,
 ) -> Translator:
     """Load a trained model with its vocabularies.
 
     Args:
         path: A checkpoint or the directory of a training run.
         device: Where to put the model.
-        max_tokens: See ``Translator``.
+        batch_size: See ``Translator``.
+        int8: Decode with an 8-bit copy of the model, on a CPU.
 
     Raises:
+        InputError: There can be no 8-bit copy.
         CheckpointError: There is no checkpoint, or it is damaged or of another kind of model.
     """
     checkpoint = find_model(path)
@@ -122,4 +320,10 @@ def load_translator(
             )
     model = Transformer(config)
     model.load_state_dict(load_weights(checkpoint, model.state_dict()))
-    return Translator(model.to(device).eval(), vocabularies, max_tokens=max_tokens)
+    model = model.to(device).eval()
+    if not int8:
+        return Translator(model, vocabularies, batch_size=batch_size)
+    try:
+        return Translator(quantize(model), vocabularies, batch_size=batch_size)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from error

@@ -92,23 +92,6 @@ def test_any_norm_is_trained_averaged_and_loaded(norm, data, tmp_path, monkeypat
     assert capfd.readouterr().out.count("\n") == 1
 
 
-def test_translation_keeps_lines_and_order(run, data, tmp_path, monkeypatch, capfdbinary) -> None:
-    lines = (data / "test.en").read_text().splitlines()
-    model = f"--model={run}"
-    alone = []
-    for line in (lines[0], lines[1]):
-        (tmp_path / "one").write_text(line + "\n")
-        output = f"--output={tmp_path}/out"
-        assert main(["translate", model, f"--input={tmp_path}/one", output, "--beam=2"]) == 0
-        alone.append((tmp_path / "out").read_text())
-    text = f"{lines[0]}\n\n{lines[1]}\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    capfdbinary.readouterr()
-    assert main(["translate", model, "--beam=2"]) == 0
-    assert capfdbinary.readouterr().out.decode() == f"{alone[0]}\n{alone[1]}"
-    assert alone[0] != alone[1]
-
-
 def test_evaluation_prints_bleu_its_signature_and_exact_match(run, data, tmp_path, capsys) -> None:
     words = ["evaluate", f"--model={run}", f"--src={data}/test.en", f"--ref={data}/test.zh.gz"]
     output = tmp_path / "out"
@@ -117,6 +100,10 @@ def test_evaluation_prints_bleu_its_signature_and_exact_match(run, data, tmp_pat
     assert "nrefs:1|case:mixed|eff:no|tok:zh|smooth:exp|version:" in out
     assert "exact match = 0.0 % of 60 sentences" in out
     assert len(output.read_text().splitlines()) == 60
+    (tmp_path / "long").write_text("a\n" + "b " * 600 + "\n")
+    words = ["evaluate", f"--model={run}", f"--src={tmp_path}/long", f"--ref={tmp_path}/long"]
+    line = fails(capsys, *words)
+    assert "long:2: the sentence has 1200 tokens, over the model's limit of 1023" in line
 
 
 def test_resuming_gives_the_bits_of_not_stopping(run, data, tmp_path) -> None:
@@ -200,16 +187,3 @@ def test_what_is_no_model_is_named(run, data, tmp_path, capsys) -> None:
     line = fails(capsys, "translate", f"--model={tmp_path}/broken", source)
     assert "broken/model.safetensors: checkpoint of another model: " in line
     assert "there and [" in line
-
-
-def test_output_that_cannot_be_written_is_named(run, tmp_path, capsys) -> None:
-    (tmp_path / "one").write_text("Today is Monday.\n")
-    output = tmp_path / "absent" / "out"
-    words = ("translate", f"--model={run}", f"--input={tmp_path}/one", f"--output={output}")
-    assert f"{output}: cannot write: No such file or directory" in fails(capsys, *words)
-
-
-def test_sentence_beyond_the_models_positions(run, tmp_path, capsys) -> None:
-    (tmp_path / "long").write_text("a\n" + "b " * 600 + "\n")
-    line = fails(capsys, "translate", f"--model={run}", f"--input={tmp_path}/long")
-    assert "long:2: the sentence has 1200 tokens, over the model's limit of 1023" in line

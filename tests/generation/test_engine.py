@@ -398,6 +398,12 @@ def test_a_stream_of_sources() -> None:
         found[number] = result
     assert [found[i] for i in range(9)] == expected
 
+    # Numbers of their own: samples are drawn by them, and not by the order.
+    options: dict[str, Any] = {"strategy": Sampling(seed=5), "batch_size": 2}
+    drawn = dict(generate_each(model, sources, **options))
+    pairs = list(enumerate(sources))[::-1]
+    assert dict(generate_each(model, pairs, numbered=True, **options)) == drawn
+
     awkward = [(5, 6), (), tuple(range(3, 30)), (7,)]
     results = dict(generate_each(model, awkward, batch_size=3))
     assert results[0].error is None
