@@ -141,10 +141,11 @@ CALLS: list[dict[str, Any]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_ahead_of_time_without_spills(target: str) -> None:
-    reports = compile_in_subprocess(target, "beam_search", CALLS)
+    calls = CALLS if target == "sm_90" else [call for call in CALLS if call.get("K") == 64]
+    reports = compile_in_subprocess(target, "beam_search", calls)
     kernels = [r["kernel"] for r in reports]
-    assert kernels.count("scan_kernel") == len(CALLS)
-    assert kernels.count("select_kernel") == len(CALLS)
+    assert kernels.count("scan_kernel") == len(calls)
+    assert kernels.count("select_kernel") == len(calls)
     assert {"mark_kernel", "rank_kernel"} < set(kernels)
     for report in reports:
         assert report["registers"] > 0, report
