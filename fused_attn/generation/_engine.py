@@ -249,13 +249,10 @@ class Engine:
             slots.failed.copy_(torch.where(fails, n[:, 0], slots.failed))
             slots.done |= fails[:, None]
         if slots.prefixes is not None:
-            width = slots.prefixes.size(2)
-            index = step.parents[:, :, None].expand(-1, -1, width)
-            slots.prefixes.copy_(slots.prefixes.gather(1, index))
+            _follow(slots.prefixes, step.parents)
             slots.prefixes.scatter_(2, n[:, :, None].expand(-1, K, 1), step.tokens[:, :, None])
         if coverage is not None:
-            index = step.parents[:, :, None].expand(-1, -1, coverage.size(2))
-            coverage.copy_(coverage.gather(1, index))
+            _follow(coverage, step.parents)
         slots.tokens.copy_(step.tokens)
         slots.scores.copy_(step.scores)
         slots.steps.copy_(n)
@@ -366,7 +363,13 @@ def _sources(jobs: list[Job]) -> tuple[Tensor, Tensor]:
 def _table(rows: Sequence[Sequence[int]], spare: int, device: torch.device) -> Tensor:
     """Token sequences as ``[B, N + spare]``, followed by -1."""
     width = max(map(len, rows)) + spare
-    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], device=device)
+    padded = [[*row, *[-1] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64, device=device)
+
+
+def _follow(rows: Tensor, parents: Tensor) -> None:
+    """Let each beam of ``[B, K, N]`` continue its parent, in place."""
+    rows.copy_(rows.gather(1, parents[:, :, None].expand(-1, -1, rows.size(2))))
 
 
 def _uncovered(coverage: Tensor, source_lengths: Tensor) -> Tensor:

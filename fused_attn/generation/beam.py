@@ -7,9 +7,7 @@ from torch import Tensor
 from .generate import all_of, generate
 from .hypothesis import Hypothesis
 from .state import Decoder, State
-from .strategies import BeamSearch, Constraints, Stopping
-
-_NO_CONSTRAINTS = Constraints()
+from .strategies import NO_CONSTRAINTS, BeamSearch, Constraints, Stopping
 
 
 def beam_search(
@@ -23,7 +21,7 @@ def beam_search(
     length_penalty: float = 1.0,
     stopping: Stopping = "heuristic",
     num_hypotheses: int = 1,
-    constraints: Constraints = _NO_CONSTRAINTS,
+    constraints: Constraints = NO_CONSTRAINTS,
 ) -> list[list[Hypothesis]]:
     """Decode each source with K beams; the results are those of Hugging Face's ``generate``.
 

@@ -21,13 +21,12 @@ from ._request import (
 )
 from .hypothesis import GenerationError, Result
 from .state import Decoder, State
-from .strategies import BeamSearch, Constraints, Greedy, Strategy, is_integer
+from .strategies import NO_CONSTRAINTS, BeamSearch, Constraints, Greedy, Strategy, is_integer
 
 # Sources in a batch where the caller does not say: enough rows for the matrix products.
 _BATCH_SIZE = {"cpu": 32}
 _GPU_BATCH_SIZE = 128
 
-_NO_CONSTRAINTS = Constraints()
 
 Source = Tensor | Sequence[int]
 
@@ -39,7 +38,7 @@ def generate(
     source_lengths: Tensor | None = None,
     *,
     strategy: Strategy | None = None,
-    constraints: Constraints = _NO_CONSTRAINTS,
+    constraints: Constraints = NO_CONSTRAINTS,
     max_length: int | None = None,
     min_length: int = 0,
     batch_size: int | None = None,
@@ -94,7 +93,7 @@ def generate_each(
     *,
     numbered: bool = False,
     strategy: Strategy | None = None,
-    constraints: Constraints = _NO_CONSTRAINTS,
+    constraints: Constraints = NO_CONSTRAINTS,
     max_length: int | None = None,
     min_length: int = 0,
     batch_size: int | None = None,

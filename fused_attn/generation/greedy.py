@@ -7,9 +7,7 @@ from torch import Tensor
 from .generate import all_of, generate
 from .hypothesis import Hypothesis
 from .state import Decoder, State
-from .strategies import Constraints, Greedy
-
-_NO_CONSTRAINTS = Constraints()
+from .strategies import NO_CONSTRAINTS, Constraints, Greedy
 
 
 def greedy_search(
@@ -19,7 +17,7 @@ def greedy_search(
     *,
     max_length: int | None = None,
     min_length: int = 0,
-    constraints: Constraints = _NO_CONSTRAINTS,
+    constraints: Constraints = NO_CONSTRAINTS,
 ) -> list[Hypothesis]:
     """Decode each source by taking the likeliest next token until the target ends.
 

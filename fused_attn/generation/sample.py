@@ -7,9 +7,7 @@ from torch import Tensor
 from .generate import all_of, generate
 from .hypothesis import Hypothesis
 from .state import Decoder, State
-from .strategies import Constraints, Sampling
-
-_NO_CONSTRAINTS = Constraints()
+from .strategies import NO_CONSTRAINTS, Constraints, Sampling
 
 
 def sample(
@@ -24,7 +22,7 @@ def sample(
     seed: int | None = None,
     max_length: int | None = None,
     min_length: int = 0,
-    constraints: Constraints = _NO_CONSTRAINTS,
+    constraints: Constraints = NO_CONSTRAINTS,
 ) -> list[list[Hypothesis]]:
     """Draw targets of each source; see ``fused_attn.generation.Sampling``.
 

@@ -245,3 +245,6 @@ def _check_tokens(name: str, tokens: object) -> None:
             raise TypeError(f"constraints: {name} must hold ints, got {token!r}")
         if token < 0:
             raise ValueError(f"constraints: {name} must hold tokens of at least 0, got {token}")
+
+
+NO_CONSTRAINTS = Constraints()

@@ -14,9 +14,7 @@ from ._request import Job, Lengths, check_jobs, check_model
 from .generate import make_settings, search_name
 from .hypothesis import GenerationError
 from .state import Decoder, State
-from .strategies import BeamSearch, Constraints, Greedy, Sampling
-
-_NO_CONSTRAINTS = Constraints()
+from .strategies import NO_CONSTRAINTS, BeamSearch, Constraints, Greedy, Sampling
 
 
 @torch.inference_mode()
@@ -26,7 +24,7 @@ def stream(
     source_lengths: Tensor | None = None,
     *,
     strategy: BeamSearch | Greedy | Sampling | None = None,
-    constraints: Constraints = _NO_CONSTRAINTS,
+    constraints: Constraints = NO_CONSTRAINTS,
     max_length: int | None = None,
     min_length: int = 0,
 ) -> Iterator[tuple[int, list[int]]]:

@@ -158,6 +158,15 @@ def test_constraints_are_those_of_the_documentation(name: str, beam_size: int) -
         assert greedy == [result.best for result in found]
 
 
+def test_an_empty_shortlist_leaves_nothing() -> None:
+    source, lengths, _ = batch([3, 5])
+    model = ReplacingDecoder()
+    for strategy in (BeamSearch(), Greedy(), Sampling(seed=1)):
+        constraints = Constraints(shortlist=[])
+        found = generate(model, source, lengths, strategy=strategy, constraints=constraints)
+        assert ["got none for sentence" in str(result.error) for result in found] == [True, True]
+
+
 def test_no_constraint_forbids_a_prefix() -> None:
     source, lengths, _ = batch([3, 5])
     model = ReplacingDecoder(end_bonus=1.0)
