@@ -11,9 +11,16 @@ from .config import TrainingConfig
 from .data import Batch, ParallelDataset, ParallelText, TokenBatches, read_lines, read_parallel
 from .errors import CheckpointError, DataError, InputError, MissingLibraryError
 from .loop import Trainer, TrainingError, Validation, mean_loss
-from .loss import translation_loss
+from .loss import (
+    Losses,
+    attention_coverage_loss,
+    guided_attention_loss,
+    training_losses,
+    translation_loss,
+)
 from .metrics import Bleu, corpus_bleu, exact_match
 from .optimizer import InverseSquareRoot, build_optimizer
+from .sampling import SamplingSchedule, mix_predictions
 from .text import Vocabulary
 
 __all__ = [
@@ -23,9 +30,11 @@ __all__ = [
     "DataError",
     "InputError",
     "InverseSquareRoot",
+    "Losses",
     "MissingLibraryError",
     "ParallelDataset",
     "ParallelText",
+    "SamplingSchedule",
     "TokenBatches",
     "Trainer",
     "TrainingConfig",
@@ -33,15 +42,19 @@ __all__ = [
     "Validation",
     "Vocabularies",
     "Vocabulary",
+    "attention_coverage_loss",
     "average_weights",
     "build_optimizer",
     "corpus_bleu",
     "exact_match",
+    "guided_attention_loss",
     "load_config",
     "load_weights",
     "mean_loss",
+    "mix_predictions",
     "read_lines",
     "read_parallel",
     "save_checkpoint",
+    "training_losses",
     "translation_loss",
 ]

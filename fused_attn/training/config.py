@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .sampling import Sampling, SamplingSchedule
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -33,6 +35,13 @@ class TrainingConfig:
         seed: Of the order of the data. (Initial weights and dropout follow PyTorch's generator.)
         bf16: Compute in bfloat16 where autocast deems it safe; weights and optimiser stay fp32.
         log_every: Updates between lines of the log.
+        sampling: How the probability grows with which the decoder reads its own word instead of
+            the target's; see ``SamplingSchedule``.
+        sampling_decay: In how many updates, roughly.
+        sampling_start: Updates of teacher forcing before.
+        sampling_limit: The highest probability.
+        guided_attention: Weight of ``guided_attention_loss``; 0: none.
+        coverage_loss: Weight of ``attention_coverage_loss``; 0: none.
 
     Raises:
         ValueError: A value is out of range.
@@ -56,6 +65,12 @@ class TrainingConfig:
     seed: int = 1
     bf16: bool = False
     log_every: int = 100
+    sampling: Sampling = "none"
+    sampling_decay: float = 10_000.0
+    sampling_start: int = 0
+    sampling_limit: float = 1.0
+    guided_attention: float = 0.0
+    coverage_loss: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -77,8 +92,11 @@ class TrainingConfig:
             "weight_decay",
             "max_minutes",
             "seed",
+            "guided_attention",
+            "coverage_loss",
         ):
             self._at_least(name, 0)
+        self.sampling_schedule()
         if not self.learning_rate > 0:
             raise ValueError(
                 f"TrainingConfig: learning_rate must be positive, got {self.learning_rate}"
@@ -101,6 +119,12 @@ class TrainingConfig:
             raise ValueError(
                 "TrainingConfig: one of max_steps, max_epochs and max_minutes must be set, got none"
             )
+
+    def sampling_schedule(self) -> SamplingSchedule:
+        """Return the probability of scheduled sampling as a function of the update."""
+        return SamplingSchedule(
+            self.sampling, self.sampling_decay, self.sampling_start, self.sampling_limit
+        )
 
     def _at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)

@@ -245,6 +245,11 @@ class Batch:
     target_rows: Tensor
     target_tokens: int
 
+    @property
+    def is_unpadded(self) -> bool:
+        """Whether every target position is a word."""
+        return self.target_tokens == self.target_output.numel()
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
         if self.source.device == device:

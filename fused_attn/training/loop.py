@@ -35,7 +35,7 @@ from .checkpoint import (
 from .config import TrainingConfig
 from .data import ParallelDataset, TokenBatches
 from .errors import CheckpointError
-from .loss import Seq2SeqModel, translation_loss
+from .loss import Losses, Seq2SeqModel, training_losses, translation_loss
 from .metrics import corpus_bleu
 from .optimizer import InverseSquareRoot, build_optimizer
 
@@ -94,7 +94,17 @@ class _Window:
     updates: int = 0
     tokens: int = 0
     loss: Tensor | float = 0.0
+    guided_attention: Tensor | float = 0.0
+    coverage: Tensor | float = 0.0
     gradient_norm: Tensor | float = 0.0
+
+    def add(self, losses: Losses) -> None:
+        """Enter the losses of a batch; of those that are not asked for, nothing."""
+        self.loss = self.loss + losses.translation.detach()
+        if losses.guided_attention is not None:
+            self.guided_attention = self.guided_attention + losses.guided_attention.detach()
+        if losses.coverage is not None:
+            self.coverage = self.coverage + losses.coverage.detach()
 
     def check_finite(self, step: int) -> None:
         """Raise TrainingError when a loss or gradient was infinite or NaN."""
@@ -110,8 +120,8 @@ class Trainer:
     """Trains a sequence-to-sequence model on a dataset.
 
     Args:
-        model: The model, on its device. It must have ``decode`` and ``project``; see
-            ``translation_loss``.
+        model: The model, on its device. It must have ``decode`` and ``project``, or ``outputs``
+            and ``target_nll``; see ``Seq2SeqModel``.
         dataset: The pairs to learn from.
         config: How to train.
         model_config: The model's configuration as plain values, stored in every checkpoint.
@@ -154,6 +164,7 @@ class Trainer:
             cooldown_steps=config.cooldown_steps,
             last_step=config.max_steps,
         )
+        self._sampling = config.sampling_schedule()
         self._parameters = [
             parameter for parameter in model.parameters() if parameter.requires_grad
         ]
@@ -253,20 +264,24 @@ class Trainer:
 
     def _update(self, groups: Sequence[np.ndarray], window: _Window) -> None:
         """Do one update and enter it in the window."""
+        config = self.config
         batches = [self.dataset.batch(indices).to(self._device) for indices in groups]
         tokens = sum(batch.target_tokens for batch in batches)
         for batch in batches:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.bf16):
-                loss = translation_loss(
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=config.bf16):
+                losses = training_losses(
                     cast(Seq2SeqModel, self.model),
                     batch,
-                    label_smoothing=self.config.label_smoothing,
+                    label_smoothing=config.label_smoothing,
+                    sampling_probability=self._sampling(self.progress.step + 1),
+                    guided_attention=config.guided_attention,
+                    coverage_loss=config.coverage_loss,
                 )
-            (loss / tokens).backward()
-            window.loss = window.loss + loss.detach()
+            (losses.total / tokens).backward()
+            window.add(losses)
         # Also measured when not clipped: training stops when it is no number.
         window.gradient_norm = window.gradient_norm + nn.utils.clip_grad_norm_(
-            self._parameters, self.config.clip_norm or math.inf
+            self._parameters, config.clip_norm or math.inf
         )
         self.progress.step += 1
         rate = self._schedule(self.progress.step)
@@ -282,14 +297,26 @@ class Trainer:
         loss = float(window.loss) / window.tokens
         speed = window.tokens / (time.perf_counter() - window.started)
         rate = self._schedule(self.progress.step)
+        config = self.config
+        extra: dict[str, float] = {}
+        if config.guided_attention:
+            extra["guided_attention"] = float(window.guided_attention) / window.tokens
+        if config.coverage_loss:
+            extra["coverage_loss"] = float(window.coverage) / window.tokens
+        if config.sampling != "none":
+            extra["sampling_probability"] = self._sampling(self.progress.step)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, lr {rate:.2e}")
         if not self._show_bar:
+            more = "".join(
+                f"  {name.replace('_', ' ')} {value:.4f}" for name, value in extra.items()
+            )
             self._report(
-                f"update {self.progress.step}  epoch {self.progress.epoch}  loss {loss:.4f}  "
+                f"update {self.progress.step}  epoch {self.progress.epoch}  loss {loss:.4f}{more}  "
                 f"{speed:,.0f} tokens/s  lr {rate:.3e}"
             )
         self._log(
             loss=loss,
+            **extra,
             gradient_norm=float(window.gradient_norm) / window.updates,
             tokens_per_second=round(speed),
             learning_rate=rate,

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from fused_attn.training.data import ParallelDataset
-from fused_attn.training.loss import translation_loss
+from fused_attn.training.loss import (
+    attention_coverage_loss,
+    guided_attention_loss,
+    training_losses,
+    translation_loss,
+)
 from fused_attn.training.optimizer import InverseSquareRoot, build_optimizer
 
 from .stand_in import StandIn
@@ -83,3 +88,51 @@ def test_only_matrices_decay() -> None:
     assert len(decay) == len(parameters)
     for parameter in parameters.values():
         assert decay[id(parameter)] == (0.1 if parameter.dim() > 1 else 0.0)
+
+
+def _attention(lengths: list[tuple[int, int]], seed: int = 0) -> torch.Tensor:
+    """Random weights ``[B, T, S]``, 0 behind the sources, and nonsense in rows behind targets."""
+    T, S = max(t for t, _ in lengths), max(s for _, s in lengths)
+    weights = torch.rand(len(lengths), T, S, generator=torch.Generator().manual_seed(seed))
+    for b, (_, s) in enumerate(lengths):
+        weights[b, :, s:] = 0.0
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+LENGTHS = [(5, 7), (3, 4), (1, 1)]
+
+
+def test_guided_attention_is_the_equation() -> None:
+    weights = _attention(LENGTHS)
+    expected = 0.0
+    for b, (T, S) in enumerate(LENGTHS):
+        for t in range(T):
+            for s in range(S):
+                far = 1 - math.exp(-((t / T - s / S) ** 2) / (2 * 0.3**2))
+                expected += weights[b, t, s].item() * far
+    targets, sources = torch.tensor(LENGTHS).unbind(1)
+    found = guided_attention_loss(weights, sources, targets, width=0.3)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    diagonal = torch.eye(6)[None]
+    assert guided_attention_loss(diagonal, torch.tensor([6]), torch.tensor([6])) == 0.0
+
+
+def test_the_coverage_loss_is_the_equation() -> None:
+    weights = _attention(LENGTHS)
+    expected = 0.0
+    for b, (T, S) in enumerate(LENGTHS):
+        coverage = [0.0] * S
+        for t in range(T):
+            for s in range(S):
+                expected += min(weights[b, t, s].item(), coverage[s])
+                coverage[s] += weights[b, t, s].item()
+    targets = torch.tensor([t for t, _ in LENGTHS])
+    assert attention_coverage_loss(weights, targets).item() == pytest.approx(expected, rel=1e-5)
+    assert attention_coverage_loss(torch.eye(6)[None], torch.tensor([6])) == 0.0
+
+
+def test_losses_on_attention_need_a_model_that_shows_it() -> None:
+    batch = ParallelDataset([[5, 6]], [[7]]).batch(torch.tensor([0]).numpy())
+    for weight in ("guided_attention", "coverage_loss"):
+        with pytest.raises(ValueError, match="must be 0 for a model without outputs that hold"):
+            training_losses(StandIn(), batch, **{weight: 0.5})
