@@ -1,6 +1,7 @@
 """The operators: plain functions on tensors, each with several backends."""
 
 from .add_layer_norm import add_layer_norm
+from .additive_attention import additive_attention, additive_scores
 from .attention import BlockMask, attention
 from .beam_search import BeamSearchStep, TokenEdits, beam_search_step, token_edits
 from .bias_activation_dropout import bias_activation_dropout
@@ -11,6 +12,8 @@ __all__ = [
     "BlockMask",
     "TokenEdits",
     "add_layer_norm",
+    "additive_attention",
+    "additive_scores",
     "attention",
     "beam_search_step",
     "bias_activation_dropout",
