@@ -8,6 +8,8 @@ from .ops import (
     attention,
     beam_search_step,
     bias_activation_dropout,
+    copy_distribution,
+    copy_nll,
     decode_attention,
     token_edits,
 )
@@ -23,6 +25,8 @@ __all__ = [
     "attention",
     "beam_search_step",
     "bias_activation_dropout",
+    "copy_distribution",
+    "copy_nll",
     "decode_attention",
     "token_edits",
 ]
