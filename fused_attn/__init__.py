@@ -10,6 +10,8 @@ from .ops import (
     attention,
     beam_search_step,
     bias_activation_dropout,
+    copy_distribution,
+    copy_nll,
     decode_attention,
     token_edits,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "attention",
     "beam_search_step",
     "bias_activation_dropout",
+    "copy_distribution",
+    "copy_nll",
     "decode_attention",
     "token_edits",
 ]

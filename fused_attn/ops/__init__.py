@@ -5,6 +5,7 @@ from .additive_attention import additive_attention, additive_scores
 from .attention import BlockMask, attention
 from .beam_search import BeamSearchStep, TokenEdits, beam_search_step, token_edits
 from .bias_activation_dropout import bias_activation_dropout
+from .copy_distribution import copy_distribution, copy_nll
 from .decode_attention import decode_attention
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "attention",
     "beam_search_step",
     "bias_activation_dropout",
+    "copy_distribution",
+    "copy_nll",
     "decode_attention",
     "token_edits",
 ]
