@@ -9,6 +9,7 @@ from .ops import (
     beam_search_step,
     bias_activation_dropout,
     decode_attention,
+    recurrent_cell,
     token_edits,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "beam_search_step",
     "bias_activation_dropout",
     "decode_attention",
+    "recurrent_cell",
     "token_edits",
 ]

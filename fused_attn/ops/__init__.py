@@ -5,6 +5,7 @@ from .attention import BlockMask, attention
 from .beam_search import BeamSearchStep, TokenEdits, beam_search_step, token_edits
 from .bias_activation_dropout import bias_activation_dropout
 from .decode_attention import decode_attention
+from .recurrent_cell import recurrent_cell
 
 __all__ = [
     "BeamSearchStep",
@@ -15,5 +16,6 @@ __all__ = [
     "beam_search_step",
     "bias_activation_dropout",
     "decode_attention",
+    "recurrent_cell",
     "token_edits",
 ]
