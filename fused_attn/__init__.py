@@ -13,6 +13,7 @@ from .ops import (
     copy_distribution,
     copy_nll,
     decode_attention,
+    recurrent_cell,
     token_edits,
 )
 
@@ -32,5 +33,6 @@ __all__ = [
     "copy_distribution",
     "copy_nll",
     "decode_attention",
+    "recurrent_cell",
     "token_edits",
 ]
