@@ -1,0 +1,165 @@
+"""Named cases of ``recurrent_cell``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .._cases import Case
+from .api import recurrent_cell
+from .contract import GATES
+
+Kind = Literal["lstm", "gru", "tanh", "relu"]
+
+# Operations of an element's step, and of its backward with the gates again: an exponential is
+# about 20.
+_FLOPS = {"lstm": (130, 175), "gru": (75, 115), "tanh": (25, 28), "relu": (2, 2)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentCellCase(Case):
+    """``recurrent_cell`` with states ``[*leading, hidden_size]``."""
+
+    op: ClassVar[str] = "recurrent_cell"
+    differentiable: ClassVar[tuple[str, ...]] = ("input_gates", "hidden_gates", "hidden", "cell")
+
+    leading: tuple[int, ...]
+    hidden_size: int
+    cell_kind: Kind = "lstm"
+    fp32_state: bool = False
+    scale: float = 1.0
+    """Of the elements of the gates."""
+    layout: Literal["contiguous", "transposed", "sliced", "columns_first", "expanded"] = (
+        "contiguous"
+    )
+    """``transposed``: leading dimensions; ``sliced``: a step of the gates of many, ``[B, T, G H]``;
+    ``expanded``: one row many times."""
+
+    def inputs(
+        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> dict[str, Any]:
+        """Normal gates, a hidden state within (-1, 1) and a normal cell."""
+        columns = GATES[self.cell_kind] * self.hidden_size
+
+        def draw(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, generator=generator)
+
+        call: dict[str, Any] = {"kind": self.cell_kind}
+        for name in ("input_gates", "hidden_gates"):
+            gates = draw(*self.leading, columns) * self.scale
+            call[name] = self._lay_out(gates.to(device, dtype))
+        wide = self.fp32_state and dtype != torch.float64
+        state_dtype = torch.float32 if wide else dtype
+        state = draw(*self.leading, self.hidden_size)
+        if self.cell_kind == "lstm":
+            call["cell"] = self._lay_out(state.to(device, state_dtype))
+        if self.cell_kind == "gru":
+            call["hidden"] = self._lay_out(state.tanh().to(device, state_dtype))
+        return call
+
+    def _lay_out(self, tensor: Tensor) -> Tensor:
+        if self.layout == "transposed":
+            return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+        if self.layout == "sliced":
+            return torch.stack((tensor, torch.zeros_like(tensor)), dim=-2).select(-2, 0)
+        if self.layout == "columns_first":
+            return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+        if self.layout == "expanded":
+            return tensor[..., :1, :].expand_as(tensor)
+        return tensor
+
+    def run(self, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tensor, ...]:
+        """New hidden state, and an LSTM's new cell."""
+        new_hidden, new_cell = recurrent_cell(**inputs, backend=backend)
+        return (new_hidden, new_cell) if self.cell_kind == "lstm" else (new_hidden,)
+
+    @property
+    def _elements(self) -> int:
+        return math.prod(self.leading) * self.hidden_size
+
+    def flops(self, backward: bool = False) -> int:
+        """The gates, and backward the gates again and their derivatives."""
+        return self._elements * _FLOPS[self.cell_kind][int(backward)]
+
+    def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
+        """Each tensor once.
+
+        Forward reads both gates and the state and writes the new states. Backward reads the same
+        and the gradients of the new states, and writes the gradients of the gates (one for both
+        but for a GRU) and of the state.
+        """
+        gates = GATES[self.cell_kind]
+        states = {"lstm": 2, "gru": 1}.get(self.cell_kind, 1)
+        state = int(self.cell_kind in ("lstm", "gru"))
+        tensors = 2 * gates + state + states
+        if backward:
+            tensors += gates * (2 if self.cell_kind == "gru" else 1) + state
+        return tensors * itemsize * self._elements
+
+
+def _edge(name: str, kind: Kind, leading: tuple[int, ...], size: int, **flags: Any) -> Any:
+    return RecurrentCellCase(
+        name=f"{kind}_{name}",
+        kind="edge",
+        cell_kind=kind,
+        leading=leading,
+        hidden_size=size,
+        **flags,
+    )
+
+
+def _benchmark(kind: Kind, rows: int, size: int, **flags: Any) -> RecurrentCellCase:
+    return RecurrentCellCase(
+        name=f"{kind}_{rows}x{size}",
+        kind="benchmark",
+        cell_kind=kind,
+        leading=(rows,),
+        hidden_size=size,
+        **flags,
+    )
+
+
+_KINDS: tuple[Kind, ...] = ("lstm", "gru", "tanh", "relu")
+
+CASES: tuple[RecurrentCellCase, ...] = (
+    *(
+        RecurrentCellCase(
+            name=f"{kind}_typical", kind="typical", cell_kind=kind, leading=(9,), hidden_size=48
+        )
+        for kind in _KINDS
+    ),
+    *(_edge("smooth", kind, (2, 3), 5, gradcheck=True) for kind in ("lstm", "gru", "tanh")),
+    *(_edge("prime", kind, (3,), 131) for kind in _KINDS),
+    *(_edge("sliced_step", kind, (5,), 24, layout="sliced") for kind in _KINDS),
+    *(_edge("fp32_state", kind, (4,), 37, fp32_state=True) for kind in ("lstm", "gru")),
+    # Where a gate is 0 or 1 to the last bit, and where e^x overflows.
+    *(_edge("saturated", kind, (6,), 40, scale=30.0) for kind in _KINDS),
+    *(_edge("large", kind, (4,), 33, scale=1e4) for kind in _KINDS),
+    # Where 2 sigmoid(2x) - 1, or a ratio of exponentials, would have no digit of tanh.
+    *(_edge("tiny", kind, (4,), 40, scale=1e-3) for kind in ("lstm", "gru", "tanh")),
+    _edge("no_rows", "lstm", (0, 4), 16),
+    _edge("no_rows", "gru", (0,), 16),
+    _edge("one_vector", "lstm", (), 31),
+    _edge("size_1", "lstm", (7,), 1),
+    _edge("size_1", "gru", (7,), 1),
+    _edge("transposed", "lstm", (3, 4), 24, layout="transposed"),
+    _edge("transposed", "gru", (3, 4), 24, layout="transposed", fp32_state=True),
+    _edge("columns_first", "lstm", (4, 5), 24, layout="columns_first"),
+    _edge("expanded", "gru", (3, 4), 20, layout="expanded"),
+    _edge("wide", "lstm", (2,), 1031),
+    _edge("many_rows", "gru", (1100,), 5),
+    _benchmark("lstm", 64, 512),
+    _benchmark("gru", 64, 512),
+    _benchmark("tanh", 64, 512),
+    _benchmark("lstm", 4096, 512),
+    _benchmark("gru", 4096, 512),
+    *(
+        _benchmark(kind, 16384, 1024, gpu_only=True, dtypes=(torch.bfloat16,))
+        for kind in ("lstm", "gru")
+    ),
+)
