@@ -16,12 +16,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .codec import Codec, PlainCodec, UnwritableTarget
 from .errors import DataError
 from .text import BOS, EOS, PAD, Vocabulary
 
@@ -227,7 +228,8 @@ class Batch:
     """Sentence pairs as tensors, padded behind with id 0.
 
     Attributes:
-        source: ``[B, S]`` int64, every sentence ended by the end-of-sentence id.
+        source: ``[B, S]`` int64, every sentence ended by the end-of-sentence id; or frames
+            ``[B, S, F]`` fp32.
         source_lengths: ``[B]`` int64.
         target_input: ``[B, T]`` int64, what the decoder reads: beginning-of-sentence id first.
         target_output: ``[B, T]`` int64, what it shall say: end-of-sentence id last.
@@ -263,6 +265,55 @@ class Batch:
             self.target_rows.to(device, non_blocking=True),
             self.target_tokens,
         )
+
+
+class Dataset(Protocol):
+    """What training needs of data."""
+
+    @property
+    def source_lengths(self) -> np.ndarray:
+        """``[N]``: positions of each source in a batch."""
+        ...
+
+    @property
+    def target_lengths(self) -> np.ndarray:
+        """``[N]``: positions of each target in a batch."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """Return a hash of the content, to recognise the same data when training resumes."""
+        ...
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Return the pairs with these indices as one padded batch."""
+        ...
+
+
+def make_batch(
+    source: np.ndarray, source_lengths: np.ndarray, target: TokenSequences, indices: np.ndarray
+) -> Batch:
+    """Return a batch of padded sources, and of targets that get their special ids.
+
+    Args:
+        source: ``[B, S]`` or ``[B, S, F]``.
+        source_lengths: ``[B]``.
+        target: Token ids of all targets, without special ids.
+        indices: ``[B]``: those to take.
+    """
+    target_output = target.padded(indices, first=None, last=EOS)
+    target_lengths = target.lengths[indices] + 1
+    taken = np.arange(target_output.shape[1]) < target_lengths[:, None]
+    return Batch(
+        torch.from_numpy(source),
+        torch.from_numpy(source_lengths),
+        torch.from_numpy(target.padded(indices, first=BOS, last=None)),
+        torch.from_numpy(target_output),
+        torch.from_numpy(target_lengths),
+        torch.from_numpy(np.flatnonzero(taken)),
+        int(target_lengths.sum()),
+    )
 
 
 class ParallelDataset:
@@ -313,8 +364,35 @@ class ParallelDataset:
             DataError: A sentence is too long (the message names file and line), or no pair is
                 left.
         """
-        source = source_vocabulary.encode(text.source)
-        target = target_vocabulary.encode(text.target)
+        codec = PlainCodec(source_vocabulary, target_vocabulary)
+        return cls.encode_by(codec, text, max_length=max_length, bad_pairs=bad_pairs)
+
+    @classmethod
+    def encode_by(
+        cls,
+        codec: Codec,
+        text: ParallelText,
+        *,
+        max_length: int = 256,
+        bad_pairs: BadPairs = "error",
+    ) -> ParallelDataset:
+        """Turn sentence pairs into the tokens of a model that may copy.
+
+        Args:
+            codec: Makes them; see ``make_codec``.
+            text: The sentences.
+            max_length: See ``encode``.
+            bad_pairs: See ``encode``.
+
+        Raises:
+            DataError: As ``encode``, or a target that a pointer network cannot write.
+        """
+        sources = codec.read(text.source)
+        source = [each.ids for each in sources]
+        try:
+            target = codec.encode(text.target, sources)
+        except UnwritableTarget as error:
+            raise DataError(f"{text.target_name}:{text.lines[error.index]}: {error}") from error
         kept: list[int] = []
         for index in range(len(text)):
             if max(len(source[index]), len(target[index])) <= max_length:
@@ -341,6 +419,16 @@ class ParallelDataset:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def source_lengths(self) -> np.ndarray:
+        """``[N]``, special id included."""
+        return self.source.lengths + 1
+
+    @property
+    def target_lengths(self) -> np.ndarray:
+        """``[N]``, special id included."""
+        return self.target.lengths + 1
+
     def fingerprint(self) -> str:
         """Return a hash of the token ids, to recognise the same data when training resumes."""
         digest = hashlib.sha256()
@@ -350,25 +438,14 @@ class ParallelDataset:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Return the pairs with these indices as one padded batch."""
-        target_input = self.target.padded(indices, first=BOS, last=None)
-        target_output = self.target.padded(indices, first=None, last=EOS)
-        target_lengths = self.target.lengths[indices] + 1
-        taken = np.arange(target_output.shape[1]) < target_lengths[:, None]
-        return Batch(
-            torch.from_numpy(self.source.padded(indices, first=None, last=EOS)),
-            torch.from_numpy(self.source.lengths[indices] + 1),
-            torch.from_numpy(target_input),
-            torch.from_numpy(target_output),
-            torch.from_numpy(target_lengths),
-            torch.from_numpy(np.flatnonzero(taken)),
-            int(target_lengths.sum()),
-        )
+        source = self.source.padded(indices, first=None, last=EOS)
+        return make_batch(source, self.source_lengths[indices], self.target, indices)
 
 
 class TokenBatches:
     """Divides a dataset into batches of similar length, anew each epoch.
 
-    A batch of n pairs costs n × (longest sentence of either side, special id included) tokens,
+    A batch of n pairs costs n × (longest sequence of either side, special id included) tokens,
     padding counted, and at most ``max_tokens``; a pair that alone costs more is a batch by
     itself. Pairs are shuffled, cut into pools, sorted by length within a pool and cut into
     batches, whose order is shuffled again. Pairs of equal length meet in different batches each
@@ -383,7 +460,7 @@ class TokenBatches:
 
     def __init__(
         self,
-        dataset: ParallelDataset,
+        dataset: Dataset,
         *,
         max_tokens: int,
         seed: int,
@@ -391,8 +468,8 @@ class TokenBatches:
     ) -> None:
         if max_tokens < 1:
             raise ValueError(f"TokenBatches: max_tokens must be at least 1, got {max_tokens}")
-        self._source_lengths = dataset.source.lengths + 1
-        self._target_lengths = dataset.target.lengths + 1
+        self._source_lengths = dataset.source_lengths
+        self._target_lengths = dataset.target_lengths
         self._max_tokens = max_tokens
         self._seed = seed
         self._pool_size = pool_size

@@ -33,7 +33,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainingConfig
-from .data import ParallelDataset, TokenBatches
+from .data import Dataset, TokenBatches
 from .errors import CheckpointError
 from .loss import Losses, Seq2SeqModel, training_losses, translation_loss
 from .metrics import corpus_bleu
@@ -58,7 +58,7 @@ class Validation:
         tokenization: sacreBLEU's, ``13a`` or ``zh``.
     """
 
-    dataset: ParallelDataset
+    dataset: Dataset
     sources: Sequence[str] = ()
     references: Sequence[str] = ()
     translate: Callable[[Sequence[str]], list[str]] | None = None
@@ -135,7 +135,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        dataset: ParallelDataset,
+        dataset: Dataset,
         config: TrainingConfig,
         *,
         model_config: Mapping[str, Any],
@@ -465,7 +465,7 @@ class Trainer:
 
 @torch.inference_mode()
 def mean_loss(
-    model: nn.Module, dataset: ParallelDataset, *, max_tokens: int = 4096, bf16: bool = False
+    model: nn.Module, dataset: Dataset, *, max_tokens: int = 4096, bf16: bool = False
 ) -> float:
     """Return the cross-entropy a target token, in nats, without label smoothing or dropout."""
     device = next(model.parameters()).device

@@ -9,6 +9,7 @@ Reference: Kudo and Richardson, 2018. https://arxiv.org/abs/1808.06226
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,8 @@ EOS = 2
 UNK = 3
 
 ModelType = Literal["bpe", "unigram", "char", "word"]
+
+_SPACE = "\u2581"  # SentencePiece's mark
 
 
 class Vocabulary:
@@ -137,6 +140,35 @@ class Vocabulary:
     def decode(self, sentences: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each sequence of token ids; special ids leave no trace."""
         return [self._processor.decode([int(token) for token in ids]) for ids in sentences]
+
+    def split(self, sentences: Sequence[str]) -> list[list[int | str]]:
+        """Return the tokens of each sentence, without special ids; what is unknown as text.
+
+        Unknown text is split before spaces, which it keeps as SentencePiece marks them: of a
+        vocabulary of words, each unknown word is a piece.
+        """
+        found: list[list[int | str]] = [[*ids] for ids in self.encode(sentences)]
+        for number, ids in enumerate(found):
+            if UNK not in ids:
+                continue
+            found[number] = []
+            texts = self._processor.encode(sentences[number], out_type=str)
+            for token, text in zip(ids, texts, strict=True):
+                if token == UNK:
+                    found[number] += re.findall(f"{_SPACE}*[^{_SPACE}]+", text)
+                else:
+                    found[number].append(token)
+        return found
+
+    def join(self, sentences: Sequence[Sequence[int | str]]) -> list[str]:
+        """Return the text of what ``split`` gives; special ids leave no trace."""
+        found = []
+        for pieces in sentences:
+            texts = [p if isinstance(p, str) else self._processor.id_to_piece(p) for p in pieces]
+            # Marks of spaces stay in pieces that SentencePiece does not know.
+            text = self._processor.decode(texts).replace(_SPACE, " ")
+            found.append(text.lstrip(" ") if pieces and isinstance(pieces[0], str) else text)
+        return found
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the subword behind each id, with SentencePiece's mark for a space."""
