@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fused_attn.ops import additive_scores
+
 from .rnn_config import POINTER_VOCABULARY, RNNSeq2SeqConfig
 
 
@@ -65,8 +67,6 @@ class CopyScores(nn.Module):
         """``[B, T, S']`` of states ``[B, T, H]``; what stands behind a length means nothing."""
         if self.query is None or self.score_weight is None:
             return hidden @ keys.transpose(1, 2)
-        from fused_attn.ops import additive_scores
-
         return additive_scores(self.query(hidden), keys, self.score_weight, key_lengths=lengths)
 
 
