@@ -56,7 +56,13 @@ class CopyScores(nn.Module):
         if config.output == "pointer":
             self.query = nn.Linear(H, A)
             self.score_weight = nn.Parameter(torch.empty(A))
-            nn.init.uniform_(self.score_weight, -(A**-0.5), A**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw v anew."""
+        if self.score_weight is not None:
+            bound = self.score_weight.numel() ** -0.5
+            nn.init.uniform_(self.score_weight, -bound, bound)
 
     def read(self, memory: Tensor) -> Tensor:
         """``[B, S', A]``: made of ``[B, S', H]`` once for all steps."""

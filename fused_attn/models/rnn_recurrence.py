@@ -28,6 +28,12 @@ class RecurrentState(NamedTuple):
         cell = self.cell
         return RecurrentState(function(self.hidden), None if cell is None else function(cell))
 
+    def copy_(self, other: RecurrentState) -> None:
+        """Write what another state holds into these tensors."""
+        self.hidden.copy_(other.hidden)
+        if self.cell is not None and other.cell is not None:
+            self.cell.copy_(other.cell)
+
     def top(self) -> Tensor:
         """``[B, H]``: the hidden state of the last layer."""
         return self.hidden[-1]

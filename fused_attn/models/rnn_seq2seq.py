@@ -116,7 +116,7 @@ class RNNSeq2Seq(RNNDecoding, nn.Module):
         if config.output in ("copynet", "pointer"):
             self.copy_scores = CopyScores(config)
         if config.output == "pointer_generator":
-            self.generation_gate = GenerationGate(config, self.decoder.attention.context_size)
+            self.generation_gate = GenerationGate(config, H)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .rnn_decoder import Carried
-from .rnn_recurrence import RecurrentState
 
 _NAME = "RNNSeq2Seq"
 
@@ -44,9 +43,7 @@ class RNNState:
         beam_size: int,
     ) -> None:
         self.program, self.beam_size = program, beam_size
-        self.recurrent = RecurrentState(
-            *(None if s is None else s.clone() for s in carried.recurrent)
-        )
+        self.recurrent = carried.recurrent.map(Tensor.clone)
         self.feed, self.attention, self.memory = carried.feed, carried.attention, memory
         self.source_lengths, self.lengths = source_lengths.clone(), lengths.clone()
         self.context_gates, self.keys = context_gates, keys
@@ -63,10 +60,8 @@ class RNNState:
 
     def advance(self, carried: Carried, looked: Tensor | None) -> None:
         """Keep what a step returned, in the tensors that are there."""
-        for mine, new in zip(self.recurrent, carried.recurrent, strict=True):
-            if mine is not None:
-                mine.copy_(new)
-        if self.feed is not None:
+        self.recurrent.copy_(carried.recurrent)
+        if self.feed is not None and carried.feed is not None:
             self.feed.copy_(carried.feed)
         if self.attention is not None:
             self.attention.copy_(carried.attention)
@@ -80,17 +75,16 @@ class RNNState:
             first = first[sentences]
             self._select(sentences)
         rows = (first + parents).flatten()  # [B' * K]
-        recurrent = [None if s is None else s.index_select(1, rows) for s in self.recurrent]
-        feed = None if self.feed is None else self.feed.flatten(0, 1).index_select(0, rows)
+        recurrent = self.recurrent.map(lambda part: part.index_select(1, rows))
+        feed = self.feed
+        if feed is not None:
+            feed = feed.flatten(0, 1).index_select(0, rows).view(*parents.shape, -1)
         if sentences is not None:
-            self.recurrent = RecurrentState(*recurrent)
-            self.feed = None if feed is None else feed.view(*parents.shape, -1)
+            self.recurrent, self.feed = recurrent, feed
         else:
-            for mine, new in zip(self.recurrent, recurrent, strict=True):
-                if mine is not None:
-                    mine.copy_(new)
-            if self.feed is not None:
-                self.feed.copy_(feed.view_as(self.feed))
+            self.recurrent.copy_(recurrent)
+            if self.feed is not None and feed is not None:
+                self.feed.copy_(feed)
         if self.attention is not None:
             self.attention.select(parents, sentences)
 
@@ -113,9 +107,9 @@ class RNNState:
         self.looked = None
         beams = torch.arange(self.beam_size, device=sentences.device)
         rows = (sentences[:, None] * self.beam_size + beams).flatten()
-        for mine, new in zip(self.recurrent, other.recurrent, strict=True):
-            if mine is not None:
-                mine.index_copy_(1, rows, new)
+        self.recurrent.hidden.index_copy_(1, rows, other.recurrent.hidden)
+        if self.recurrent.cell is not None and other.recurrent.cell is not None:
+            self.recurrent.cell.index_copy_(1, rows, other.recurrent.cell)
         for name in ("source_lengths", "lengths", "feed", "context_gates"):
             mine, new = getattr(self, name), getattr(other, name)
             if mine is not None:
@@ -149,7 +143,7 @@ class RNNState:
 
 
 def _replaced(tensor: Tensor, sentences: Tensor, new: Tensor) -> Tensor:
-    """``[B, S, ...]`` with new rows of perhaps another S; written in place unless they are longer."""
+    """``[B, S, ...]`` with new rows of perhaps another S; another tensor where they are longer."""
     used, size = tensor.size(1), new.size(1)
     if used < size:
         grown = tensor.new_zeros(len(tensor), size, *tensor.shape[2:])
