@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_attn.nn import RecurrentAttention
+
 from .rnn_config import RNNSeq2SeqConfig
 from .rnn_encoder import Encoded
 from .rnn_recurrence import Recurrence, RecurrentState
@@ -117,11 +119,9 @@ class RNNDecoder(nn.Module):
             config.num_decoder_layers,
             dropout=config.dropout,
         )
-        self.attention: Any = None
+        self.attention: RecurrentAttention | None = None
         self.combination: nn.Linear | None = None
         if config.attention != "none":
-            from fused_attn.nn import RecurrentAttention
-
             self.attention = RecurrentAttention(
                 config.attention,
                 H,
@@ -164,7 +164,7 @@ class RNNDecoder(nn.Module):
         if self.attention is not None:
             attention = self.attention.initial(beginning.memory, K)
         return Carried(
-            RecurrentState(*(None if s is None else s.repeat_interleave(K, dim=1) for s in state)),
+            state.map(lambda part: part.repeat_interleave(K, dim=1)),
             feed,
             attention,
         )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fused_attn.nn import RecurrentAttention
+
+from .rnn_output import CopyScores
 from .rnn_recurrence import Recurrence
 
 _BOUND = 0.08
@@ -18,28 +21,42 @@ def initialize(model: nn.Module, scheme: str) -> None:
     which may be one matrix, are normal with standard deviation ``size ** -0.5``.
     ``uniform``: all of these within ±0.08 (Sutskever et al., 2014).
 
-    Padding is embedded as 0. Parameters of other modules than linear layers, embeddings and
-    recurrences are left alone.
+    Padding is embedded as 0. What an attention has besides linear layers begins as it says.
 
     Args:
         model: Its modules are drawn; ``output_projection`` is known by name.
         scheme: ``"xavier"``, ``"he"`` or ``"uniform"``.
+
+    References: https://arxiv.org/abs/1312.6120,
+        https://proceedings.mlr.press/v37/jozefowicz15.html, https://arxiv.org/abs/1409.3215
     """
+    kept: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, Recurrence):
+        if isinstance(module, RecurrentAttention):
+            module.reset_parameters()
+            if scheme == "xavier":  # which it is already, each head on its own
+                kept.update(module.children())
+        elif isinstance(module, CopyScores):
+            module.reset_parameters()
+        elif isinstance(module, Recurrence):
             _recurrence(module, scheme)
-        elif isinstance(module, nn.Embedding) or name == "output_projection":
-            weight: Tensor = module.weight
-            if scheme == "uniform":
-                nn.init.uniform_(weight, -_BOUND, _BOUND)
-            else:
-                nn.init.normal_(weight, std=weight.size(1) ** -0.5)
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                nn.init.zeros_(weight[module.padding_idx])
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Embedding):
+            _table(module.weight, scheme)
+            if module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.Linear) and name == "output_projection":
+            _table(module.weight, scheme)
+        elif isinstance(module, nn.Linear) and module not in kept:
             _matrix(module.weight, scheme)
             if module.bias is not None:
                 _bias(module.bias, scheme)
+
+
+def _table(weight: Tensor, scheme: str) -> None:
+    if scheme == "uniform":
+        nn.init.uniform_(weight, -_BOUND, _BOUND)
+    else:
+        nn.init.normal_(weight, std=weight.size(1) ** -0.5)
 
 
 def _recurrence(module: Recurrence, scheme: str) -> None:

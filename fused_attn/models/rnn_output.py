@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fused_attn.ops import additive_scores
+
 from .rnn_config import POINTER_VOCABULARY, RNNSeq2SeqConfig
 
 
@@ -54,7 +56,13 @@ class CopyScores(nn.Module):
         if config.output == "pointer":
             self.query = nn.Linear(H, A)
             self.score_weight = nn.Parameter(torch.empty(A))
-            nn.init.uniform_(self.score_weight, -(A**-0.5), A**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw v anew."""
+        if self.score_weight is not None:
+            bound = self.score_weight.numel() ** -0.5
+            nn.init.uniform_(self.score_weight, -bound, bound)
 
     def read(self, memory: Tensor) -> Tensor:
         """``[B, S', A]``: made of ``[B, S', H]`` once for all steps."""
@@ -65,8 +73,6 @@ class CopyScores(nn.Module):
         """``[B, T, S']`` of states ``[B, T, H]``; what stands behind a length means nothing."""
         if self.query is None or self.score_weight is None:
             return hidden @ keys.transpose(1, 2)
-        from fused_attn.ops import additive_scores
-
         return additive_scores(self.query(hidden), keys, self.score_weight, key_lengths=lengths)
 
 

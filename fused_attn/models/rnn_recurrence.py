@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from fused_attn.ops import recurrent_cell
 
 _GATES = {"lstm": 4, "gru": 3, "tanh": 1}
 
@@ -19,6 +22,17 @@ class RecurrentState(NamedTuple):
     """``[L, B, H]``, both directions side by side."""
     cell: Tensor | None
     """``[L, B, H]`` of an LSTM."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RecurrentState:
+        """A function of each tensor."""
+        cell = self.cell
+        return RecurrentState(function(self.hidden), None if cell is None else function(cell))
+
+    def copy_(self, other: RecurrentState) -> None:
+        """Write what another state holds into these tensors."""
+        self.hidden.copy_(other.hidden)
+        if self.cell is not None and other.cell is not None:
+            self.cell.copy_(other.cell)
 
     def top(self) -> Tensor:
         """``[B, H]``: the hidden state of the last layer."""
@@ -39,7 +53,7 @@ class Recurrence(nn.Module):
 
     def __init__(
         self,
-        kind: str,
+        kind: Literal["lstm", "gru", "tanh"],
         input_size: int,
         hidden_size: int,
         num_layers: int,
@@ -48,7 +62,8 @@ class Recurrence(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.kind, self.num_layers, self.gates = kind, num_layers, _GATES[kind]
+        self.kind: Literal["lstm", "gru", "tanh"] = kind
+        self.num_layers, self.gates = num_layers, _GATES[kind]
         self.directions = 2 if bidirectional else 1
         layers: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "tanh": nn.RNN}
         self.layers: Any = layers[kind](
@@ -90,10 +105,9 @@ class Recurrence(nn.Module):
         outputs, _ = pad_packed_sequence(packed_outputs, batch_first=True, total_length=x.size(1))
         is_empty = lengths == 0
         final = self._state(end)
-        cell = None if final.cell is None else final.cell.masked_fill(is_empty[:, None], 0.0)
         return (
             outputs.masked_fill(is_empty[:, None, None], 0.0),
-            RecurrentState(final.hidden.masked_fill(is_empty[:, None], 0.0), cell),
+            final.map(lambda part: part.masked_fill(is_empty[:, None], 0.0)),
         )
 
     def input_gates(self, x: Tensor, first: int = 0, *, bias: bool = True) -> Tensor:
@@ -129,11 +143,11 @@ class Recurrence(nn.Module):
                 below = F.dropout(hidden_states[-1], self.layers.dropout, self.training)
                 gates = F.linear(below, weight_ih, bias_ih)
             cell = None if state.cell is None else state.cell[index]
-            hidden, cell = _cell(
-                self.kind, gates, F.linear(hidden, weight_hh, bias_hh), hidden, cell
+            hidden, cell = recurrent_cell(
+                gates, F.linear(hidden, weight_hh, bias_hh), hidden, cell, kind=self.kind
             )
             hidden_states.append(hidden)
-            if cell is not None:
+            if self.kind == "lstm":
                 cells.append(cell)
         return hidden_states[-1], RecurrentState(
             torch.stack(hidden_states), torch.stack(cells) if cells else None
@@ -141,7 +155,7 @@ class Recurrence(nn.Module):
 
     def _state(self, end: Any) -> RecurrentState:
         hidden, cell = end if isinstance(end, tuple) else (end, None)
-        return RecurrentState(self._merge(hidden), None if cell is None else self._merge(cell))
+        return RecurrentState(hidden, cell).map(self._merge)
 
     def _merge(self, state: Tensor) -> Tensor:
         """``[L * directions, B, h] -> [L, B, H]``."""
@@ -149,21 +163,3 @@ class Recurrence(nn.Module):
             return state
         L, B, h = self.num_layers, state.size(1), state.size(2)
         return state.view(L, 2, B, h).transpose(1, 2).reshape(L, B, 2 * h)
-
-
-def _cell(
-    kind: str, input_gates: Tensor, hidden_gates: Tensor, hidden: Tensor, cell: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    if kind == "lstm":
-        assert cell is not None
-        i, f, g, o = (input_gates + hidden_gates).chunk(4, dim=-1)
-        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-        return o.sigmoid() * cell.tanh(), cell
-    if kind == "gru":
-        (x_r, x_z, x_n), (h_r, h_z, h_n) = (
-            gates.chunk(3, dim=-1) for gates in (input_gates, hidden_gates)
-        )
-        update = (x_z + h_z).sigmoid()
-        new = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
-        return new + update * (hidden - new), None
-    return (input_gates + hidden_gates).tanh(), None

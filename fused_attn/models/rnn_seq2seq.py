@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_attn.ops import copy_distribution, copy_nll
+
 from .rnn_config import POINTER_VOCABULARY, RNNSeq2SeqConfig
 from .rnn_decoder import Beginning, Decoded, RNNDecoder
+from .rnn_decoding import RNNDecoding, check_looks, spread
 from .rnn_encoder import FrontEnd, RNNEncoder
 from .rnn_initialization import initialize
 from .rnn_output import CopyScores, EndProjection, GenerationGate
+from .rnn_state import RNNState
 
 _NAME = "RNNSeq2Seq"
 
@@ -31,27 +35,48 @@ class DecoderOutputs(NamedTuple):
     """``[B, T]``: a pointer-generator's logit of generating."""
 
 
+class Sources(Protocol):
+    """What embedding and copying look at in every step."""
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """``[B]``: of what the encoder made; None where all are S'."""
+        ...
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[B, S', A]``: of a copying head that has scores of its own."""
+        ...
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """``[B, S']``: the extended token that copying a position writes."""
+        ...
+
+    @property
+    def table(self) -> Tensor | None:
+        """``[B, 3 + S', E]``: a pointer network's embeddings."""
+        ...
+
+
 class Reading(NamedTuple):
-    """Sources that were read, with all that every step shares."""
+    """Sources that were read; they are ``Sources``."""
 
     beginning: Beginning
     lengths: Tensor | None
-    """``[B]``: of what the encoder made; None where all are S'."""
     keys: Tensor | None
-    """``[B, S', A]``: of a copying head that has scores of its own."""
     tokens: Tensor | None
-    """``[B, S']``: the extended token that copying a position writes."""
     table: Tensor | None
-    """``[B, 3 + S', E]``: a pointer network's embeddings."""
 
 
-class RNNSeq2Seq(nn.Module):
+class RNNSeq2Seq(RNNDecoding, nn.Module):
     """Recurrent encoder-decoder, for training and for generation.
 
     Training calls ``outputs`` and ``target_nll`` (or ``decode`` and ``project``, as with the
-    Transformer, where nothing is copied). Sequences are padded at their end; what stands behind a
-    length is never looked at, and what comes out there is unspecified. A source of length 0 is
-    read as zeros, without a gradient.
+    Transformer, where nothing is copied). Generation calls ``start``, ``step``, ``reorder`` and
+    ``replace``; see ``fused_attn.generation.Decoder``. Sequences are padded at their end; what
+    stands behind a length is never looked at, and what comes out there is unspecified. A source of
+    length 0 is read as zeros, without a gradient.
 
     ``S'`` is the number of positions that the encoder sees: S, or ``ceil(S / time_reduction)``.
 
@@ -91,7 +116,7 @@ class RNNSeq2Seq(nn.Module):
         if config.output in ("copynet", "pointer"):
             self.copy_scores = CopyScores(config)
         if config.output == "pointer_generator":
-            self.generation_gate = GenerationGate(config, self.decoder.attention.context_size)
+            self.generation_gate = GenerationGate(config, H)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -217,8 +242,6 @@ class RNNSeq2Seq(nn.Module):
             return F.cross_entropy(
                 logits.float(), words, reduction="sum", label_smoothing=label_smoothing
             )
-        from fused_attn.ops import copy_nll
-
         tokens = self._copied_tokens(source, copy.size(1))
         lengths = self._positions(source_lengths)
         T = target_output.size(1)
@@ -276,11 +299,12 @@ class RNNSeq2Seq(nn.Module):
             tokens = tokens.masked_fill(is_outside, self.config.unknown_token)
         return embedding(tokens)
 
-    def _embed(self, tokens: Tensor, reading: Reading) -> Tensor:
+    def _embed(self, tokens: Tensor, sources: Sources) -> Tensor:
         """``[B, T, E]`` of target tokens ``[B, T]``."""
-        if reading.table is None:
+        table = sources.table
+        if table is None:
             return self._lookup(tokens, self.target_embedding)
-        return reading.table.gather(1, tokens[:, :, None].expand(-1, -1, reading.table.size(2)))
+        return table.gather(1, tokens[:, :, None].expand(-1, -1, table.size(2)))
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -335,37 +359,123 @@ class RNNSeq2Seq(nn.Module):
         context = self.decoder.context_gates(reading.beginning)
         return gates if context is None else gates + context
 
-    def _finish(self, decoded: Decoded, x: Tensor, reading: Reading) -> DecoderOutputs:
+    def _finish(self, decoded: Decoded, x: Tensor, sources: Sources) -> DecoderOutputs:
         """Let the copying head look at the steps ``[B, T, ...]`` with inputs ``[B, T, E]``."""
         copy = gate = None
         if self.copy_scores is not None:
-            assert reading.keys is not None
-            copy = self.copy_scores(decoded.hidden, reading.keys, reading.lengths)
+            assert sources.keys is not None
+            copy = self.copy_scores(decoded.hidden, sources.keys, sources.lengths)
         elif self.generation_gate is not None:
             assert decoded.context is not None
             copy = decoded.weights
             gate = self.generation_gate(decoded.context, decoded.state, x)
         return DecoderOutputs(decoded.hidden, decoded.weights, copy, gate)
 
-    def _predict(self, outputs: DecoderOutputs, reading: Reading) -> Tensor:
+    def _predict(self, outputs: DecoderOutputs, sources: Sources) -> Tensor:
         """Logits ``[B, T, V]`` or log-probabilities ``[B, T, V + ...]``."""
         logits = self.project(outputs.hidden)
         if outputs.copy is None:
             return logits
-        from fused_attn.ops import copy_distribution
-
-        assert reading.tokens is not None
+        assert sources.tokens is not None
         return copy_distribution(
             logits,
             outputs.copy,
-            reading.tokens[:, None],
+            sources.tokens[:, None],
             outputs.gate,
             extended_size=self.config.extended_size,
-            source_lengths=None if reading.lengths is None else reading.lengths[:, None],
+            source_lengths=sources.lengths,
         )
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
+
+    # --- generation -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def align(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_lengths: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Where each token of a given target looks; see ``fused_attn.generation.Decoder``.
+
+        What ``cross_attention`` returns, 0 behind the targets' lengths.
+
+        Args:
+            source: See ``forward``.
+            target: ``[B, T]`` token indices, beginning with ``bos_token``. Row t is of the step
+                that reads ``target[:, t]`` and predicts what follows.
+            source_lengths: ``[B]``. Default: all S.
+            target_lengths: ``[B]``. Default: all T.
+
+        Returns:
+            ``[B, T, S]``.
+
+        Raises:
+            ValueError: As ``forward``, or the model neither attends nor copies.
+        """
+        check_looks(self.config)
+        reading = self._read(source, source_lengths)
+        weights = self._looked(self._outputs(reading, target, 0.0), reading)
+        assert weights is not None
+        weights = spread(weights, source_lengths, self.config.time_reduction)
+        weights = weights[:, :, : source.size(1)]
+        if target_lengths is None:
+            return weights
+        behind = torch.arange(target.size(1), device=target.device) >= target_lengths[:, None]
+        return weights.masked_fill(behind[:, :, None], 0.0)
+
+    def begin(self, source: Tensor, source_lengths: Tensor, beam_size: int) -> dict[str, Any]:
+        """Read sources for generation; see ``rnn_decoding.Program``."""
+        reading = self._read(source, source_lengths)
+        beginning = reading.beginning
+        return {
+            "carried": self.decoder.carry(beginning, beam_size),
+            "memory": beginning.memory,
+            "source_lengths": source_lengths,
+            "lengths": reading.lengths,
+            "context_gates": self.decoder.context_gates(beginning),
+            "keys": reading.keys,
+            "tokens": reading.tokens,
+            "table": reading.table,
+        }
+
+    def advance(self, tokens: Tensor, state: RNNState) -> Tensor:
+        """One step of generation; see ``rnn_decoding.Program``."""
+        if state.table is not None:
+            # A target that has no continuation goes on with any token.
+            tokens = tokens.clamp(max=state.table.size(1) - 1)
+        x = self._embed(tokens, state)
+        gates = self.decoder.gates(x)
+        if state.context_gates is not None:
+            gates = gates + state.context_gates
+        decoded, carried = self.decoder.step(gates, state.carried(), state.memory)
+        outputs = self._finish(decoded, x, state)
+        state.advance(carried, self._looked(outputs, state))
+        return self._predict(outputs, state)
+
+    def _program(self) -> RNNSeq2Seq:
+        if self.training:
+            raise RuntimeError(
+                f"{_NAME}: generation needs the model in evaluation mode (model.eval()), got "
+                "training mode"
+            )
+        return self
+
+    def _looked(self, outputs: DecoderOutputs, sources: Sources) -> Tensor | None:
+        """``[B, T, S']``: weights of attention, or of copying where there is none."""
+        if outputs.attention is not None or outputs.copy is None:
+            return outputs.attention
+        scores = outputs.copy.float()
+        if sources.lengths is None:
+            return scores.softmax(dim=-1)
+        index = torch.arange(scores.size(2), device=scores.device)
+        behind = (index >= sources.lengths[:, None])[:, None]
+        # Finite, so that a source of length 0 has weights 0 and no NaN.
+        lowest = torch.finfo(torch.float32).min
+        return scores.masked_fill(behind, lowest).softmax(dim=-1).masked_fill(behind, 0.0)
 
     # --- checks -----------------------------------------------------------------------------
 
@@ -401,8 +511,10 @@ class RNNSeq2Seq(nn.Module):
 
 
 def _join(steps: list[Decoded]) -> Decoded:
-    parts = [
+    hidden, state, context, weights = (
         None if column[0] is None else torch.cat(column, dim=1)
         for column in zip(*steps, strict=True)
-    ]
-    return Decoded(*parts)
+    )
+    assert hidden is not None
+    assert state is not None
+    return Decoded(hidden, state, context, weights)
