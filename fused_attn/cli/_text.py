@@ -11,6 +11,7 @@ import torch
 from fused_attn.generation import BeamSearch, Constraints, Greedy, Sampling
 from fused_attn.generation.strategies import LengthNormalization
 from fused_attn.training.errors import InputError
+from fused_attn.training.translator import Translator
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,10 +103,10 @@ def select_strategy(
     both = _given(arguments, "temperature")
     if arguments.sample:
         for name in search:
-            raise InputError(f"{_option(name)} is of beam search and does not go with --sample")
+            raise InputError(f"{option_name(name)} is of beam search and does not go with --sample")
         return Sampling(num_samples=count or 1, **sampling, **both)
     for name in sampling:
-        raise InputError(f"{_option(name)} needs --sample")
+        raise InputError(f"{option_name(name)} needs --sample")
     beam_size = search.pop("beam", BeamSearch.beam_size)
     if count is not None and count > beam_size:
         raise InputError(f"--n-best {count} needs --beam {count} or more, got {beam_size}")
@@ -122,8 +123,9 @@ def describe(strategy: BeamSearch | Greedy | Sampling) -> str:
     return f"beam {strategy.beam_size}" if isinstance(strategy, BeamSearch) else "beam 1"
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def option_name(field: str) -> str:
+    """Return how an option is written on the command line."""
+    return "--" + field.replace("_", "-")
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -162,6 +164,28 @@ def select_device(arguments: argparse.Namespace) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name}: cannot be used here: {reason}") from error
     return device
+
+
+def reads_frames(path: str) -> bool:
+    """Whether a file of sources holds frames instead of text."""
+    return path.endswith(".npz")
+
+
+def check_source(translator: Translator, path: str, name: str) -> None:
+    """Check that a model reads what a file of sources holds.
+
+    Args:
+        translator: The model.
+        path: The file.
+        name: What to call it.
+
+    Raises:
+        InputError: The model reads text and the file holds frames, or the other way round.
+    """
+    if reads_frames(path) != bool(translator.source_features):
+        kinds = ("frames (.npz)", "text")
+        asked, given = kinds if translator.source_features else kinds[::-1]
+        raise InputError(f"{name}: the model reads {asked}, got {given}")
 
 
 def positive(number: type) -> Callable[[str], int | float]:

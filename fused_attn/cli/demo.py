@@ -146,9 +146,7 @@ def _attention(translator: Translator, source: str) -> _Heat:
     (target,) = translator.translate([source], strategy=_STRATEGY)
     (target_ids,) = vocabularies.target.encode([target])
     model.eval()
-    weights = model.cross_attention_weights(
-        torch.tensor([[*source_ids, EOS]]), torch.tensor([[BOS, *target_ids]])
-    )
+    weights = model.align(torch.tensor([[*source_ids, EOS]]), torch.tensor([[BOS, *target_ids]]))
     pieces = vocabularies.source.pieces(source_ids)
     columns = [piece.replace("\u2581", " ").strip() or "␣" for piece in pieces]
     rows = [romanize(piece) for piece in vocabularies.target.pieces(target_ids)]

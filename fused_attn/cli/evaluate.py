@@ -7,14 +7,17 @@ import sys
 import time
 
 from fused_attn.training.data import read_parallel
+from fused_attn.training.features import read_feature_text
 from fused_attn.training.metrics import corpus_bleu, exact_match
-from fused_attn.training.translator import load_translator
+from fused_attn.training.translator import Line, load_translator
 
 from ._line_writer import LineWriter
 from ._text import (
     add_decoding_arguments,
     add_device_arguments,
+    check_source,
     describe,
+    reads_frames,
     select_constraints,
     select_device,
     select_strategy,
@@ -31,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="DIR", help="a checkpoint, or a training run's --out"
     )
     parser.add_argument(
-        "--src", required=True, metavar="FILE", help="source sentences, UTF-8, plain or .gz"
+        "--src",
+        required=True,
+        metavar="FILE",
+        help="source sentences, UTF-8, plain or .gz, or frames (.npz)",
     )
     parser.add_argument(
         "--ref", required=True, metavar="FILE", help="reference translations, line by line"
@@ -51,14 +57,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Translate and score; 0 whatever the score."""
     strategy = select_strategy(arguments)
     constraints = select_constraints(arguments)
-    text = read_parallel(arguments.src, arguments.ref)
+    read = read_feature_text if reads_frames(arguments.src) else read_parallel
+    text = read(arguments.src, arguments.ref)
     device = select_device(arguments)
     translator = load_translator(
         arguments.model, device=device, batch_size=arguments.batch_size, int8=arguments.int8
     )
+    check_source(translator, arguments.src, arguments.src)
+    sources: list[Line] = [*text.source]
     started = time.perf_counter()
     translations = translator.translate(
-        text.source,
+        sources,
         strategy=strategy,
         constraints=constraints,
         name=arguments.src,

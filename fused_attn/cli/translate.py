@@ -12,13 +12,16 @@ from collections.abc import Iterable, Sequence
 from tqdm import tqdm
 
 from fused_attn.training.data import iterate_lines, read_lines
-from fused_attn.training.translator import Translation, load_translator
+from fused_attn.training.features import read_features
+from fused_attn.training.translator import Line, Translation, load_translator
 
 from ._line_writer import LineWriter
 from ._text import (
     add_decoding_arguments,
     add_device_arguments,
+    check_source,
     positive,
+    reads_frames,
     select_constraints,
     select_device,
     select_strategy,
@@ -38,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="DIR", help="a checkpoint, or a training run's --out"
     )
     parser.add_argument(
-        "--input", default="-", metavar="FILE", help="UTF-8, plain or .gz; default: standard input"
+        "--input",
+        default="-",
+        metavar="FILE",
+        help="UTF-8, plain or .gz, or frames (.npz); default: standard input",
     )
     parser.add_argument("--output", default="-", metavar="FILE", help="default: standard output")
     parser.add_argument(
@@ -68,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     translator = load_translator(
         arguments.model, device=device, batch_size=arguments.batch_size, int8=arguments.int8
     )
+    check_source(translator, arguments.input, name)
     total = len(lines) if isinstance(lines, Sequence) else None
     translations = translator.translate_each(lines, strategy=strategy, constraints=constraints)
     status = 0
@@ -103,8 +110,10 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _open(path: str, name: str) -> Iterable[str]:
+def _open(path: str, name: str) -> Iterable[Line]:
     """The lines of a file, all of them; those of a pipe or a terminal as they arrive."""
+    if reads_frames(path):
+        return [*read_features(path)]
     if path != "-":
         return read_lines(path, strict=False)
     try:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from queue import Empty, Queue
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Arrivals(Protocol):
@@ -19,7 +19,7 @@ class Arrivals(Protocol):
     error: Exception | None
     """What reading has ended with."""
 
-    def take(self, most: int, *, wait: bool) -> list[str]:
+    def take(self, most: int, *, wait: bool) -> list[Any]:
         """The next lines: those that are there, and at least one if that is to be waited for.
 
         Args:
@@ -32,7 +32,7 @@ class Arrivals(Protocol):
         """Read no more."""
 
 
-def arrivals(lines: Iterable[str], size: int) -> Arrivals:
+def arrivals(lines: Iterable[Any], size: int) -> Arrivals:
     """Lines of a sequence, all of which are there, or of what yields them in its own time.
 
     Args:
@@ -43,13 +43,13 @@ def arrivals(lines: Iterable[str], size: int) -> Arrivals:
 
 
 class _Present:
-    def __init__(self, lines: Sequence[str]) -> None:
+    def __init__(self, lines: Sequence[Any]) -> None:
         self._lines = lines
         self.error: Exception | None = None
         self.count = 0
         self.have_ended = not lines
 
-    def take(self, most: int, *, wait: bool) -> list[str]:
+    def take(self, most: int, *, wait: bool) -> list[Any]:
         taken = list(self._lines[self.count : self.count + most])
         self.count += len(taken)
         self.have_ended = self.count == len(self._lines)
@@ -65,8 +65,8 @@ class _End:
 
 
 class _Reader:
-    def __init__(self, lines: Iterable[str], size: int) -> None:
-        self._queue: Queue[str | _End] = Queue(size)
+    def __init__(self, lines: Iterable[Any], size: int) -> None:
+        self._queue: Queue[Any] = Queue(size)
         self._lines = lines
         self.error: Exception | None = None
         self._is_closed = False
@@ -86,8 +86,8 @@ class _Reader:
         else:
             self._queue.put(_End(None))
 
-    def take(self, most: int, *, wait: bool) -> list[str]:
-        taken: list[str] = []
+    def take(self, most: int, *, wait: bool) -> list[Any]:
+        taken: list[Any] = []
         while len(taken) < most and not self.have_ended:
             try:
                 item = self._queue.get(block=wait and not taken)

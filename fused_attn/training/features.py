@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .data import Batch, TokenSequences, make_batch
+from .data import BadPairs, Batch, TokenSequences, make_batch, read_lines
 from .errors import DataError
+from .text import Vocabulary
 
 
 class FeatureSequences:
@@ -53,6 +55,11 @@ class FeatureSequences:
         """Join sources ``[S, F]``, at least one."""
         return cls(np.concatenate(sequences), np.array([len(frames) for frames in sequences]))
 
+    def take(self, indices: Sequence[int]) -> FeatureSequences:
+        """Return some of the sources."""
+        frames = [self.frames[:0], *(self[index] for index in indices)]
+        return FeatureSequences(np.concatenate(frames), self.lengths[np.asarray(indices, int)])
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -60,6 +67,9 @@ class FeatureSequences:
         """Return the frames ``[S, F]`` of a source."""
         end = self._ends[index]
         return self.frames[end - self.lengths[index] : end]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
 
     @property
     def size(self) -> int:
@@ -102,18 +112,91 @@ def read_features(path: str | Path) -> FeatureSequences:
         raise DataError(f"{path}: {error}") from error
 
 
+@dataclass(frozen=True)
+class FeatureText:
+    """Sources of frames with their targets, and where each came from.
+
+    Attributes:
+        source: The sources.
+        target: A sentence for each.
+        source_name: File of the sources, for messages.
+        target_name: File of the sentences, for messages.
+        lines: Line number of each pair, from 1.
+        skipped_empty: Pairs left out because a side was empty.
+    """
+
+    source: FeatureSequences
+    target: list[str]
+    source_name: str
+    target_name: str
+    lines: list[int]
+    skipped_empty: int = 0
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+
+def read_feature_text(
+    source_path: str | Path, target_path: str | Path, *, bad_pairs: BadPairs = "error"
+) -> FeatureText:
+    """Read sources of frames and a file with a sentence for each.
+
+    Args:
+        source_path: See ``read_features``.
+        target_path: One sentence a line, UTF-8, plain or gzip-compressed.
+        bad_pairs: What to do when one side of a pair is empty: ``"error"`` or ``"skip"``.
+
+    Raises:
+        DataError: A file cannot be read; they differ in number; or a side is empty. The message
+            names file and line.
+    """
+    source = read_features(source_path)
+    target = read_lines(target_path)
+    if len(source) != len(target):
+        raise DataError(
+            f"{source_path}: has {len(source)} sources and {target_path} {len(target)} lines; "
+            "there must be a line for each source"
+        )
+    if not target:
+        raise DataError(f"{target_path}: the file has no line")
+    kept: list[int] = []
+    for index, line in enumerate(target):
+        if line.strip() and source.lengths[index] > 0:
+            kept.append(index)
+        elif bad_pairs == "error":
+            what = f"{source_path}: source {index + 1} has no frame"
+            if not line.strip():
+                what = f"{target_path}:{index + 1}: the line is empty"
+            raise DataError(f"{what}; correct the file, or skip such pairs (bad pairs: skip)")
+    return FeatureText(
+        source.take(kept),
+        [target[index] for index in kept],
+        str(source_path),
+        str(target_path),
+        [index + 1 for index in kept],
+        len(target) - len(kept),
+    )
+
+
 class FeatureDataset:
     """Sources of frames with targets of tokens.
 
     Args:
         source: The sources.
         target: Token ids of the targets, without special ids.
+        skipped_long: Pairs that were left out because the target was too long.
 
     Raises:
         ValueError: There are not as many of both.
     """
 
-    def __init__(self, source: FeatureSequences, target: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        source: FeatureSequences,
+        target: Sequence[Sequence[int]],
+        *,
+        skipped_long: int = 0,
+    ) -> None:
         if len(source) != len(target):
             raise ValueError(
                 f"FeatureDataset: target must have as many sequences as source, {len(source)}, "
@@ -121,6 +204,44 @@ class FeatureDataset:
             )
         self.source = source
         self.target = TokenSequences(target)
+        self.skipped_long = skipped_long
+
+    @classmethod
+    def encode(
+        cls,
+        text: FeatureText,
+        vocabulary: Vocabulary,
+        *,
+        max_length: int = 256,
+        bad_pairs: BadPairs = "error",
+    ) -> FeatureDataset:
+        """Split targets into tokens.
+
+        Args:
+            text: The pairs.
+            vocabulary: Splits targets.
+            max_length: Most tokens a target may have.
+            bad_pairs: What to do with a longer one: ``"error"`` or ``"skip"`` its pair.
+
+        Raises:
+            DataError: A target is too long, or no pair is left.
+        """
+        target = vocabulary.encode(text.target)
+        kept = [index for index, ids in enumerate(target) if len(ids) <= max_length]
+        if bad_pairs == "error":
+            for index, ids in enumerate(target):
+                if len(ids) > max_length:
+                    raise DataError(
+                        f"{text.target_name}:{text.lines[index]}: the sentence has {len(ids)} "
+                        f"tokens, over the limit of {max_length} (max length)"
+                    )
+        if not kept:
+            raise DataError(f"{text.target_name}: no pair is left to use")
+        return cls(
+            text.source.take(kept),
+            [target[index] for index in kept],
+            skipped_long=len(text) - len(kept),
+        )
 
     def __len__(self) -> int:
         return len(self.source)

@@ -52,16 +52,16 @@ class Validation:
 
     Attributes:
         dataset: The pairs as tokens, for the loss.
-        sources: The source sentences, for BLEU.
+        sources: The sources, for BLEU: sentences, or whatever ``translate`` takes.
         references: Their translations.
         translate: Translates sentences with the model in training; None leaves BLEU out.
         tokenization: sacreBLEU's, ``13a`` or ``zh``.
     """
 
     dataset: Dataset
-    sources: Sequence[str] = ()
+    sources: Sequence[Any] = ()
     references: Sequence[str] = ()
-    translate: Callable[[Sequence[str]], list[str]] | None = None
+    translate: Callable[[Sequence[Any]], list[str]] | None = None
     tokenization: str = "13a"
 
 

@@ -7,18 +7,32 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fused_attn.generation import BeamSearch, Constraints, Greedy, Result, Sampling, generate_each
-from fused_attn.models import QuantizedTransformer, Transformer, TransformerConfig, quantize
+from fused_attn.models import (
+    QuantizedTransformer,
+    RNNSeq2Seq,
+    RNNSeq2SeqConfig,
+    Transformer,
+    TransformerConfig,
+    quantize,
+)
 
 from ._read_ahead import Arrivals, arrivals
 from .checkpoint import Vocabularies, find_model, load_config, load_vocabularies, load_weights
+from .codec import Source, make_codec
 from .errors import CheckpointError, InputError
+from .kinds import build_model
 from .text import EOS
+
+Line = str | np.ndarray
+"""A sentence, or the frames ``[S, F]`` of a model that reads frames."""
 
 _NO_CONSTRAINTS = Constraints()
 
@@ -51,28 +65,38 @@ class Translation:
 
 
 class Translator:
-    """Translates text with a Transformer.
+    """Translates text, or frames, with a model.
 
     Args:
         model: The model, or an 8-bit copy of it.
         vocabularies: Those it was trained with.
         batch_size: Sentences decoded at a time. Default: 32 on a CPU, 128 on a GPU.
+
+    Raises:
+        ValueError: The model copies words, and its vocabularies differ.
     """
 
     def __init__(
         self,
-        model: Transformer | QuantizedTransformer,
+        model: Transformer | QuantizedTransformer | RNNSeq2Seq,
         vocabularies: Vocabularies,
         *,
         batch_size: int | None = None,
     ) -> None:
         self.model = model
         self.vocabularies = vocabularies
+        self._codec = make_codec(vocabularies, model.config)
         self._given_batch_size = batch_size
+
+    @property
+    def source_features(self) -> int:
+        """F of a model that reads frames ``[S, F]``; 0 for one that reads sentences."""
+        config = self.model.config
+        return config.source_features if isinstance(config, RNNSeq2SeqConfig) else 0
 
     def translate(
         self,
-        sentences: Sequence[str],
+        sentences: Sequence[Line],
         *,
         strategy: BeamSearch | Greedy | Sampling | None = None,
         constraints: Constraints = _NO_CONSTRAINTS,
@@ -85,7 +109,7 @@ class Translator:
         all.
 
         Args:
-            sentences: The source text.
+            sentences: The source text; arrays ``[S, F]`` for a model that reads frames.
             strategy: How translations are searched. Default: ``BeamSearch()``.
             constraints: What translations must obey.
             name: What to call the sentences in an error message, usually their file.
@@ -95,7 +119,7 @@ class Translator:
             InputError: A sentence cannot be translated; the message names it.
         """
         found, sources = self._prepare(sentences, 0)
-        sources.sort(key=_length, reverse=True)
+        sources.sort(key=_Job.length, reverse=True)
         _raise_first(found, name)
         bar = tqdm(total=len(sources), unit=" sentences", desc="translate", disable=not progress)
         with bar:
@@ -107,7 +131,7 @@ class Translator:
 
     def translate_each(
         self,
-        lines: Iterable[str],
+        lines: Iterable[Line],
         *,
         strategy: BeamSearch | Greedy | Sampling | None = None,
         constraints: Constraints = _NO_CONSTRAINTS,
@@ -120,8 +144,8 @@ class Translator:
         does not stop the others.
 
         Args:
-            lines: The source text: a sequence, or anything that yields lines in its own time; that
-                is read in another thread.
+            lines: The source text, or arrays ``[S, F]`` for a model that reads frames: a sequence,
+                or anything that yields lines in its own time; that is read in another thread.
             strategy: How translations are searched. Default: ``BeamSearch()``. Samples depend on
                 the seed, the line and its number alone.
             constraints: What translations must obey.
@@ -157,9 +181,7 @@ class Translator:
         finally:
             incoming.close()
 
-    def _sources(
-        self, incoming: Arrivals, most: int, order: _Order
-    ) -> Iterator[tuple[int, list[int]]]:
+    def _sources(self, incoming: Arrivals, most: int, order: _Order) -> Iterator[_Job]:
         """Sources of the lines that are there, of similar length one after the other.
 
         The first is waited for. It ends when no line is there, so that nothing in work waits for
@@ -171,7 +193,7 @@ class Translator:
             found, sources = self._prepare(lines, first)
             order.put(found)
             # Where the one window ends, the next begins.
-            sources.sort(key=_length, reverse=longest_first)
+            sources.sort(key=_Job.length, reverse=longest_first)
             yield from sources
             if order.next < first:
                 return
@@ -180,53 +202,81 @@ class Translator:
                 return
 
     def _prepare(
-        self, lines: Sequence[str], first: int
-    ) -> tuple[dict[int, Translation], list[tuple[int, list[int]]]]:
+        self, lines: Sequence[Line], first: int
+    ) -> tuple[dict[int, Translation], list[_Job]]:
         """Lines from number ``first`` on: those that need no model, and the sources of the rest."""
         found: dict[int, Translation] = {}
-        sources: list[tuple[int, list[int]]] = []
-        errors = [_why_no_text(line) for line in lines]
-        texts = ["" if error else line for line, error in zip(lines, errors, strict=True)]
-        longest = self.model.max_length
-        encoded = self.vocabularies.source.encode(texts)
-        for number, (tokens, error) in enumerate(zip(encoded, errors, strict=True), start=first):
-            if error is None and len(tokens) >= longest:
-                error = (
-                    f"the sentence has {len(tokens)} tokens, over the model's limit of "
-                    f"{longest - 1}"
-                )
-            if error is not None or not tokens:
-                found[number] = Translation([], error)
+        sources: list[_Job] = []
+        read = self._read_frames if self.source_features else self._read_texts
+        for number, source in enumerate(read(lines), first):
+            if isinstance(source, Translation):
+                found[number] = source
             else:
-                sources.append((number, [*tokens, EOS]))
+                sources.append(_Job(number, *source))
         return found, sources
+
+    def _read_texts(self, lines: Sequence[Any]) -> Iterator[Translation | tuple[list[int], Source]]:
+        """The tokens of each line with what they stand for, or what becomes of it without them."""
+        errors = list(map(_why_no_text, lines))
+        texts = ["" if error else line for line, error in zip(lines, errors, strict=True)]
+        longest = self.model.max_length - 1
+        for source, error in zip(self._codec.read(texts), errors, strict=True):
+            size = len(source.ids)
+            if error is None and size > longest:
+                error = f"the sentence has {size} tokens, over the model's limit of {longest}"
+            if error is not None or size == 0:
+                yield Translation([], error)
+            else:
+                yield [*source.ids, EOS], source
+
+    def _read_frames(self, lines: Sequence[Any]) -> Iterator[Translation | tuple[Tensor, Source]]:
+        features, longest = self.source_features, self.model.max_length
+        for frames in lines:
+            error = None
+            if frames.ndim != 2 or frames.shape[1] != features:
+                shape = list(frames.shape)
+                error = f"the source must have shape [S, F] with F = {features}, got {shape}"
+            elif len(frames) > longest:
+                error = f"the source has {len(frames)} frames, over the model's limit of {longest}"
+            if error is not None or len(frames) == 0:
+                yield Translation([], error)
+            else:
+                yield torch.from_numpy(frames).float(), Source([])
 
     def _decode(
         self,
-        sources: Iterable[tuple[int, list[int]]],
+        sources: Iterable[_Job],
         strategy: BeamSearch | Greedy | Sampling | None,
         constraints: Constraints,
     ) -> Iterator[tuple[int, Translation]]:
         """The number and the translation of each source, as they finish."""
-        was_training = self.model.training
-        self.model.eval()
+        read: dict[int, Source] = {}
+
+        def numbered() -> Iterator[tuple[int, list[int] | Tensor]]:
+            for job in sources:
+                read[job.number] = job.source
+                yield job.number, job.positions
+
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
         try:
             for number, result in generate_each(
-                self.model,
-                sources,
+                model,
+                numbered(),
                 numbered=True,
                 strategy=strategy,
                 constraints=constraints,
                 batch_size=self._batch_size,
                 device=self._device,
             ):
-                yield number, self._read(result)
+                yield number, self._write(result, read.pop(number))
         finally:
             if was_training:
-                self.model.train()
+                model.train()
 
-    def _read(self, result: Result) -> Translation:
-        texts = self.vocabularies.target.decode([found.tokens for found in result.hypotheses])
+    def _write(self, result: Result, source: Source) -> Translation:
+        texts = self._codec.decode([found.tokens for found in result.hypotheses], source)
         scores = [found.score for found in result.hypotheses]
         return Translation(list(map(Candidate, texts, scores)), result.error)
 
@@ -241,6 +291,17 @@ class Translator:
         if self._given_batch_size is not None:
             return self._given_batch_size
         return 32 if self._device.type == "cpu" else 128
+
+
+class _Job(NamedTuple):
+    number: int
+    """Of the line."""
+    positions: list[int] | Tensor
+    """Tokens, the end of the sentence included; or frames."""
+    source: Source
+
+    def length(self) -> int:
+        return len(self.positions)
 
 
 class _Order:
@@ -259,10 +320,6 @@ class _Order:
             translation = self._waiting.pop(self.next)
             self.next += 1
             yield translation
-
-
-def _length(source: tuple[int, list[int]]) -> int:
-    return len(source[1])
 
 
 def _why_no_text(line: str) -> str | None:
@@ -305,25 +362,36 @@ def load_translator(
     checkpoint = find_model(path)
     fields, _ = load_config(checkpoint)
     try:
-        config = TransformerConfig.from_dict(fields)
+        model = build_model(fields)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / 'config.json'}: {error}") from error
     vocabularies = load_vocabularies(checkpoint)
-    for side, vocabulary, size in (
-        ("source", vocabularies.source, config.source_vocab_size),
-        ("target", vocabularies.target, config.target_vocab_size),
-    ):
+    _check_vocabularies(checkpoint, vocabularies, model.config)
+    model.load_state_dict(load_weights(checkpoint, model.state_dict()))
+    model = model.to(device).eval()
+    if not int8:
+        return Translator(model, vocabularies, batch_size=batch_size)
+    if not isinstance(model, Transformer):
+        raise InputError(f"{checkpoint}: an 8-bit copy can be made of a Transformer alone")
+    try:
+        return Translator(quantize(model), vocabularies, batch_size=batch_size)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from error
+
+
+def _check_vocabularies(
+    checkpoint: Path, vocabularies: Vocabularies, config: TransformerConfig | RNNSeq2SeqConfig
+) -> None:
+    sizes = {"source": config.source_vocab_size, "target": config.target_vocab_size}
+    if isinstance(config, RNNSeq2SeqConfig):
+        if config.source_features:
+            del sizes["source"]
+        if config.output == "pointer":
+            del sizes["target"]
+    for side, size in sizes.items():
+        vocabulary = getattr(vocabularies, side)
         if len(vocabulary) != size:
             raise CheckpointError(
                 f"{checkpoint / side}.spm: vocabulary of another model: it has {len(vocabulary)} "
                 f"ids and the model {size}"
             )
-    model = Transformer(config)
-    model.load_state_dict(load_weights(checkpoint, model.state_dict()))
-    model = model.to(device).eval()
-    if not int8:
-        return Translator(model, vocabularies, batch_size=batch_size)
-    try:
-        return Translator(quantize(model), vocabularies, batch_size=batch_size)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(str(error)) from error
