@@ -5,6 +5,7 @@ from .layer_norm import AddLayerNorm, LayerNorm, RMSNorm
 from .masked_batch_norm import MaskedBatchNorm
 from .multihead_attention import MultiheadAttention
 from .power_norm import PowerNorm
+from .recurrent import RecurrentLayers
 from .transformer import Transformer
 from .transformer_decoder import TransformerDecoder, TransformerDecoderLayer
 from .transformer_encoder import TransformerEncoder, TransformerEncoderLayer
@@ -16,6 +17,7 @@ __all__ = [
     "MultiheadAttention",
     "PowerNorm",
     "RMSNorm",
+    "RecurrentLayers",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
