@@ -151,7 +151,7 @@ def test_from_dict_and_preset_refuse_what_they_do_not_know() -> None:
         RNNSeq2SeqConfig.from_dict({"hiden_size": 4, "width": 4})
     with pytest.raises(ValueError, match="fields must include target_vocab_size"):
         RNNSeq2SeqConfig.from_dict({"source_vocab_size": 4})
-    with pytest.raises(ValueError, match="preset must be one of sutskever2014, .* got 'vaswani'"):
+    with pytest.raises(ValueError, match=r"preset must be one of sutskever2014, .* got 'vaswani'"):
         RNNSeq2SeqConfig.preset("vaswani")
 
 
