@@ -187,6 +187,7 @@ def test_kernels_are_written_so_that_they_can_be_executed_on_a_cpu() -> None:
         "beam_search_step",
         "bias_activation_dropout",
         "decode_attention",
+        "recurrent_cell",
     ],
 )
 def test_public_functions_are_documented(name: str) -> None:

@@ -43,6 +43,13 @@ inline void define_operators(torch::Library& m) {
       "Tensor? seed, int left, int right, bool align_lower_right, float scale, float softcap, "
       "int activation, float dropout_p, int max_queries, int max_keys, Tensor output, Tensor lse, "
       "bool need_grad_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_cell_forward(Tensor input_gates, Tensor hidden_gates, Tensor? state, str kind) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "recurrent_cell_backward(Tensor? grad_hidden, Tensor? grad_cell, Tensor input_gates, "
+      "Tensor hidden_gates, Tensor? state, str kind, bool need_grad_state) -> "
+      "(Tensor, Tensor, Tensor)");
 }
 
 }  // namespace fused_attn

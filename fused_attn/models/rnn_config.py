@@ -230,12 +230,15 @@ class RNNSeq2SeqConfig:
             )
         if self.location_width % 2 != 1:
             raise ValueError(f"{_NAME}: location_width must be odd, got {self.location_width}")
-        size = self.attention_size or self.hidden_size
-        if size % self.attention_heads != 0:
-            raise ValueError(
-                f"{_NAME}: attention_size must be a multiple of attention_heads = "
-                f"{self.attention_heads}, got {size}"
-            )
+        for name, size in (
+            ("hidden_size", self.hidden_size),
+            ("attention_size", self.attention_size or self.hidden_size),
+        ):
+            if size % self.attention_heads != 0:
+                raise ValueError(
+                    f"{_NAME}: {name} must be a multiple of attention_heads = "
+                    f"{self.attention_heads}, got {size}"
+                )
 
     def _check_output(self) -> None:
         if self.output in _COPIES_WORDS and self.source_vocab_size != self.target_vocab_size:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_attn.nn import RecurrentAttention
+from fused_attn.nn import RecurrentAttention, RecurrentLayers
 
 from .rnn_config import RNNSeq2SeqConfig
-from .rnn_encoder import Encoded
-from .rnn_recurrence import Recurrence, RecurrentState
+from .rnn_encoder import Encoded, RecurrentState
 
 
 class Beginning(NamedTuple):
@@ -72,7 +71,7 @@ class Bridge(nn.Module):
 
     def forward(self, encoded: Encoded) -> tuple[RecurrentState, Tensor]:
         """The decoder's first state, and the source as one vector ``[B, H]``."""
-        vector = encoded.state.top()
+        vector = encoded.state[0][-1]
         if self.kind == "mean":
             vector = encoded.memory.sum(dim=1)
             if encoded.lengths is None:
@@ -85,8 +84,8 @@ class Bridge(nn.Module):
         if encoded.lengths is not None:
             mapped = mapped.masked_fill((encoded.lengths == 0)[:, None], 0.0)
         mapped = mapped.view(-1, self.states, self.num_layers, self.size)
-        hidden, *cells = mapped.permute(1, 2, 0, 3).unbind(0)  # [L, B, H]
-        return RecurrentState(hidden.tanh(), cells[0] if cells else None), vector
+        hidden, *cell = mapped.permute(1, 2, 0, 3).unbind(0)  # [L, B, H]
+        return (hidden.tanh(), *cell), vector
 
 
 class RNNDecoder(nn.Module):
@@ -112,7 +111,7 @@ class RNNDecoder(nn.Module):
         self.dropout = config.dropout
         self.embedding_size, self.hidden_size = E, H
         self.bridge = Bridge(config)
-        self.recurrence = Recurrence(
+        self.recurrence = RecurrentLayers(
             config.cell,
             E + H * self.sees_context + H * self.feeds,
             H,
@@ -144,11 +143,11 @@ class RNNDecoder(nn.Module):
         return Beginning(state, context, memory)
 
     def forward(self, x: Tensor, beginning: Beginning) -> Decoded:
-        """All steps ``[B, T, E]`` at once; there is no input feeding."""
-        if self.sees_context:
-            context = beginning.context[:, None].expand(-1, x.size(1), -1)
-            x = torch.cat([x, context], dim=2)
-        state, _ = self.recurrence(x, beginning.state)
+        """All steps ``[B, T, E]`` at once, or one after the other with input feeding."""
+        x = self.inputs(x, beginning.context)
+        if self.feeds:
+            return self._unroll(x, beginning)
+        state, _ = self.recurrence(x, state=beginning.state)
         if self.attention is None:
             return Decoded(self._drop(state), state, None, None)
         memory = beginning.memory
@@ -160,39 +159,38 @@ class RNNDecoder(nn.Module):
         state, K = beginning.state, beam_size
         feed = attention = None
         if self.feeds:
-            feed = state.hidden.new_zeros(state.hidden.size(1), K, self.hidden_size)
+            feed = beginning.context.new_zeros(len(beginning.context), K, self.hidden_size)
         if self.attention is not None:
             attention = self.attention.initial(beginning.memory, K)
-        return Carried(
-            state.map(lambda part: part.repeat_interleave(K, dim=1)),
-            feed,
-            attention,
-        )
+        recurrent = tuple(part.repeat_interleave(K, dim=1) for part in state)
+        return Carried(recurrent, feed, attention)
 
-    def gates(self, x: Tensor) -> Tensor:
-        """``[..., G]``: what embeddings ``[..., E]`` add to the first layer's gates."""
-        return self.recurrence.input_gates(x)
-
-    def context_gates(self, beginning: Beginning) -> Tensor | None:
-        """``[B, 1, G]``: what the context vector adds to them."""
+    def inputs(self, x: Tensor, context: Tensor) -> Tensor:
+        """Embeddings ``[B, T, E]``, with the context vector ``[B, H]`` where every step sees it."""
         if not self.sees_context:
-            return None
-        gates = self.recurrence.input_gates(beginning.context, self.embedding_size, bias=False)
-        return gates[:, None]
+            return x
+        return torch.cat([x, context[:, None].expand(-1, x.size(1), -1)], dim=2)
 
-    def step(self, gates: Tensor, carried: Carried, memory: Any) -> tuple[Decoded, Carried]:
+    def step(
+        self, x: Tensor, carried: Carried, memory: Any, gates: Tensor | None = None
+    ) -> tuple[Decoded, Carried]:
         """One step of K targets for each of B sources.
 
         Args:
-            gates: ``[B, K, G]``: ``gates`` of the embeddings, with ``context_gates`` added.
+            x: ``[B, K, ...]``: from ``inputs``.
             carried: From ``carry`` or the step before.
             memory: ``Beginning.memory``.
+            gates: ``[B, K, G]``: ``recurrence.input_gates(x)``, where it was made for all steps.
         """
-        B, K, _ = gates.shape
+        B, K, _ = x.shape
         if carried.feed is not None:
-            first = self.embedding_size + self.hidden_size * self.sees_context
-            gates = gates + self.recurrence.input_gates(carried.feed, first, bias=False)
-        rows, recurrent = self.recurrence.step(gates.flatten(0, 1), carried.recurrent)
+            if gates is None:
+                gates = self.recurrence.input_gates(x)
+            rows, recurrent = self.recurrence.step(
+                carried.feed.flatten(0, 1), carried.recurrent, gates.flatten(0, 1)
+            )
+        else:
+            rows, recurrent = self.recurrence.step(x.flatten(0, 1), carried.recurrent)
         state = rows.view(B, K, -1)
         if self.attention is None:
             decoded = Decoded(self._drop(state), state, None, None)
@@ -202,9 +200,30 @@ class RNNDecoder(nn.Module):
         feed = hidden if self.feeds else None
         return Decoded(hidden, state, context, weights), Carried(recurrent, feed, attention)
 
+    def _unroll(self, x: Tensor, beginning: Beginning) -> Decoded:
+        gates = self.recurrence.input_gates(x)
+        carried = self.carry(beginning)
+        steps: list[Decoded] = []
+        for t in range(x.size(1)):
+            now = slice(t, t + 1)
+            decoded, carried = self.step(x[:, now], carried, beginning.memory, gates[:, now])
+            steps.append(decoded)
+        return join(steps)
+
     def _combine(self, context: Tensor, state: Tensor) -> Tensor:
         assert self.combination is not None
         return self._drop(self.combination(torch.cat([context, state], dim=-1)).tanh())
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
+
+
+def join(steps: list[Decoded]) -> Decoded:
+    """Steps ``[B, 1, ...]`` one behind the other."""
+    hidden, state, context, weights = (
+        None if column[0] is None else torch.cat(column, dim=1)
+        for column in zip(*steps, strict=True)
+    )
+    assert hidden is not None
+    assert state is not None
+    return Decoded(hidden, state, context, weights)

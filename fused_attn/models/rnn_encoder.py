@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_attn.nn import RecurrentLayers
+
 from .rnn_config import RNNSeq2SeqConfig
-from .rnn_recurrence import Recurrence, RecurrentState
+
+RecurrentState = tuple[Tensor, ...]
+"""``(hidden,)``, for an LSTM ``(hidden, cell)``; each ``[L, B, H]``."""
 
 
 class Encoded(NamedTuple):
@@ -20,7 +24,7 @@ class Encoded(NamedTuple):
     lengths: Tensor | None
     """``[B]``: of the memory; None where all are S'."""
     state: RecurrentState
-    """At the end of reading."""
+    """At the end of reading, both directions side by side; of a source of length 0 it is 0."""
 
 
 class FrontEnd(nn.Module):
@@ -81,10 +85,11 @@ class RNNEncoder(nn.Module):
     def __init__(self, config: RNNSeq2SeqConfig) -> None:
         super().__init__()
         self.reverses = config.reverse_source
-        self.recurrence = Recurrence(
+        self.directions = 2 if config.bidirectional else 1
+        self.recurrence = RecurrentLayers(
             config.cell,
             config.embedding_size,
-            config.hidden_size,
+            config.hidden_size // self.directions,
             config.num_encoder_layers,
             bidirectional=config.bidirectional,
             dropout=config.dropout,
@@ -94,10 +99,16 @@ class RNNEncoder(nn.Module):
         """Read ``[B, S', E]``."""
         if self.reverses:
             x = _reverse(x, lengths)
-        memory, state = self.recurrence(x, None, lengths)
+        memory, state = self.recurrence(x, lengths)
         if self.reverses:
             memory = _reverse(memory, lengths)
-        return Encoded(memory, lengths, state)
+        return Encoded(memory, lengths, tuple(self._merge(part) for part in state))
+
+    def _merge(self, state: Tensor) -> Tensor:
+        """``[L * directions, B, h] -> [L, B, H]``."""
+        if self.directions == 1:
+            return state
+        return state.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
 
 
 def _reverse(x: Tensor, lengths: Tensor | None) -> Tensor:

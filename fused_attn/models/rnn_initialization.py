@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fused_attn.nn import RecurrentAttention
+from fused_attn.nn import RecurrentAttention, RecurrentLayers
 
 from .rnn_output import CopyScores
-from .rnn_recurrence import Recurrence
 
 _BOUND = 0.08
 
@@ -38,7 +37,7 @@ def initialize(model: nn.Module, scheme: str) -> None:
                 kept.update(module.children())
         elif isinstance(module, CopyScores):
             module.reset_parameters()
-        elif isinstance(module, Recurrence):
+        elif isinstance(module, RecurrentLayers):
             _recurrence(module, scheme)
         elif isinstance(module, nn.Embedding):
             _table(module.weight, scheme)
@@ -59,14 +58,14 @@ def _table(weight: Tensor, scheme: str) -> None:
         nn.init.normal_(weight, std=weight.size(1) ** -0.5)
 
 
-def _recurrence(module: Recurrence, scheme: str) -> None:
-    for name, parameter in module.layers.named_parameters():
+def _recurrence(module: RecurrentLayers, scheme: str) -> None:
+    for name, parameter in module.named_parameters():
         if "bias" in name:
             _bias(parameter, scheme)
             if module.kind == "lstm" and name.startswith("bias_ih") and scheme != "uniform":
                 nn.init.ones_(parameter.chunk(4)[1])
             continue
-        for gate in parameter.split(parameter.size(0) // module.gates):
+        for gate in parameter.split(module.hidden_size):
             if scheme == "uniform" or name.startswith("weight_ih"):
                 _matrix(gate, scheme)
             else:

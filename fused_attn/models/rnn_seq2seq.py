@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fused_attn.ops import copy_distribution, copy_nll
 
 from .rnn_config import POINTER_VOCABULARY, RNNSeq2SeqConfig
-from .rnn_decoder import Beginning, Decoded, RNNDecoder
+from .rnn_decoder import Beginning, Decoded, RNNDecoder, join
 from .rnn_decoding import RNNDecoding, check_looks, spread
 from .rnn_encoder import FrontEnd, RNNEncoder
 from .rnn_initialization import initialize
@@ -314,24 +314,10 @@ class RNNSeq2Seq(RNNDecoding, nn.Module):
         self._check_target(target, reading)
         if sampling_probability == 0.0:
             x = self._drop(self._embed(target, reading))
-            if self.config.input_feeding:
-                decoded = self._unroll(x, reading)
-            else:
-                decoded = self.decoder(x, reading.beginning)
+            decoded = self.decoder(x, reading.beginning)
         else:
             decoded, x = self._sample(target, reading, sampling_probability)
         return self._finish(decoded, x, reading)
-
-    def _unroll(self, x: Tensor, reading: Reading) -> Decoded:
-        """One step after the other, each with what the one before has found."""
-        decoder, beginning = self.decoder, reading.beginning
-        gates = self._gates(x, reading)
-        carried = decoder.carry(beginning)
-        steps: list[Decoded] = []
-        for t in range(x.size(1)):
-            decoded, carried = decoder.step(gates[:, t : t + 1], carried, beginning.memory)
-            steps.append(decoded)
-        return _join(steps)
 
     def _sample(
         self, target: Tensor, reading: Reading, probability: float
@@ -350,14 +336,11 @@ class RNNSeq2Seq(RNNDecoding, nn.Module):
                 tokens = torch.where(is_own[:, t : t + 1], own, tokens)
             x = self._drop(self._embed(tokens, reading))
             inputs.append(x)
-            decoded, carried = decoder.step(self._gates(x, reading), carried, beginning.memory)
+            decoded, carried = decoder.step(
+                decoder.inputs(x, beginning.context), carried, beginning.memory
+            )
             steps.append(decoded)
-        return _join(steps), torch.cat(inputs, dim=1)
-
-    def _gates(self, x: Tensor, reading: Reading) -> Tensor:
-        gates = self.decoder.gates(x)
-        context = self.decoder.context_gates(reading.beginning)
-        return gates if context is None else gates + context
+        return join(steps), torch.cat(inputs, dim=1)
 
     def _finish(self, decoded: Decoded, x: Tensor, sources: Sources) -> DecoderOutputs:
         """Let the copying head look at the steps ``[B, T, ...]`` with inputs ``[B, T, E]``."""
@@ -436,7 +419,7 @@ class RNNSeq2Seq(RNNDecoding, nn.Module):
             "memory": beginning.memory,
             "source_lengths": source_lengths,
             "lengths": reading.lengths,
-            "context_gates": self.decoder.context_gates(beginning),
+            "context": beginning.context,
             "keys": reading.keys,
             "tokens": reading.tokens,
             "table": reading.table,
@@ -448,10 +431,9 @@ class RNNSeq2Seq(RNNDecoding, nn.Module):
             # A target that has no continuation goes on with any token.
             tokens = tokens.clamp(max=state.table.size(1) - 1)
         x = self._embed(tokens, state)
-        gates = self.decoder.gates(x)
-        if state.context_gates is not None:
-            gates = gates + state.context_gates
-        decoded, carried = self.decoder.step(gates, state.carried(), state.memory)
+        decoded, carried = self.decoder.step(
+            self.decoder.inputs(x, state.context), state.carried(), state.memory
+        )
         outputs = self._finish(decoded, x, state)
         state.advance(carried, self._looked(outputs, state))
         return self._predict(outputs, state)
@@ -508,13 +490,3 @@ class RNNSeq2Seq(RNNDecoding, nn.Module):
                 f"{_NAME}: {name} must have at most {self.config.max_length} positions "
                 f"(config.max_length), got {sequence.size(1)}"
             )
-
-
-def _join(steps: list[Decoded]) -> Decoded:
-    hidden, state, context, weights = (
-        None if column[0] is None else torch.cat(column, dim=1)
-        for column in zip(*steps, strict=True)
-    )
-    assert hidden is not None
-    assert state is not None
-    return Decoded(hidden, state, context, weights)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .rnn_decoder import Carried
+from .rnn_encoder import RecurrentState
 
 _NAME = "RNNSeq2Seq"
 
@@ -21,7 +22,7 @@ class RNNState:
         memory: What the attention reads; None without attention.
         source_lengths: ``[B]``, in tokens or frames.
         lengths: ``[B]``, in what the encoder made of them.
-        context_gates: ``[B, 1, G]`` or None; see ``RNNDecoder.context_gates``.
+        context: ``[B, H]``: the sources as one vector each.
         keys: ``[B, S', A]`` or None; see ``Sources``.
         tokens: ``[B, S']`` or None.
         table: ``[B, 3 + S', E]`` or None.
@@ -36,17 +37,17 @@ class RNNState:
         memory: Any,
         source_lengths: Tensor,
         lengths: Tensor,
-        context_gates: Tensor | None,
+        context: Tensor,
         keys: Tensor | None,
         tokens: Tensor | None,
         table: Tensor | None,
         beam_size: int,
     ) -> None:
         self.program, self.beam_size = program, beam_size
-        self.recurrent = carried.recurrent.map(Tensor.clone)
+        self.recurrent = tuple(part.clone() for part in carried.recurrent)
         self.feed, self.attention, self.memory = carried.feed, carried.attention, memory
         self.source_lengths, self.lengths = source_lengths.clone(), lengths.clone()
-        self.context_gates, self.keys = context_gates, keys
+        self.context, self.keys = context.clone(), keys
         self.tokens = None if tokens is None else tokens.clone()
         self.table = table
         self.looked: Tensor | None = None
@@ -60,7 +61,7 @@ class RNNState:
 
     def advance(self, carried: Carried, looked: Tensor | None) -> None:
         """Keep what a step returned, in the tensors that are there."""
-        self.recurrent.copy_(carried.recurrent)
+        _copy(self.recurrent, carried.recurrent)
         if self.feed is not None and carried.feed is not None:
             self.feed.copy_(carried.feed)
         if self.attention is not None:
@@ -75,14 +76,14 @@ class RNNState:
             first = first[sentences]
             self._select(sentences)
         rows = (first + parents).flatten()  # [B' * K]
-        recurrent = self.recurrent.map(lambda part: part.index_select(1, rows))
+        recurrent = tuple(part.index_select(1, rows) for part in self.recurrent)
         feed = self.feed
         if feed is not None:
             feed = feed.flatten(0, 1).index_select(0, rows).view(*parents.shape, -1)
         if sentences is not None:
             self.recurrent, self.feed = recurrent, feed
         else:
-            self.recurrent.copy_(recurrent)
+            _copy(self.recurrent, recurrent)
             if self.feed is not None and feed is not None:
                 self.feed.copy_(feed)
         if self.attention is not None:
@@ -107,10 +108,9 @@ class RNNState:
         self.looked = None
         beams = torch.arange(self.beam_size, device=sentences.device)
         rows = (sentences[:, None] * self.beam_size + beams).flatten()
-        self.recurrent.hidden.index_copy_(1, rows, other.recurrent.hidden)
-        if self.recurrent.cell is not None and other.recurrent.cell is not None:
-            self.recurrent.cell.index_copy_(1, rows, other.recurrent.cell)
-        for name in ("source_lengths", "lengths", "feed", "context_gates"):
+        for part, new in zip(self.recurrent, other.recurrent, strict=True):
+            part.index_copy_(1, rows, new)
+        for name in ("source_lengths", "lengths", "feed", "context"):
             mine, new = getattr(self, name), getattr(other, name)
             if mine is not None:
                 mine.index_copy_(0, sentences, new.to(mine.dtype))
@@ -133,13 +133,18 @@ class RNNState:
 
     def _select(self, sentences: Tensor) -> None:
         """Keep some sources."""
-        for name in ("source_lengths", "lengths", "context_gates", "keys", "tokens", "table"):
+        for name in ("source_lengths", "lengths", "context", "keys", "tokens", "table"):
             mine = getattr(self, name)
             if mine is not None:
                 setattr(self, name, mine.index_select(0, sentences))
         if self.memory is not None:
             self.memory.select(sentences)
         self._first_rows = self._first_rows[: len(sentences)]
+
+
+def _copy(state: RecurrentState, new: RecurrentState) -> None:
+    for part, other in zip(state, new, strict=True):
+        part.copy_(other)
 
 
 def _replaced(tensor: Tensor, sentences: Tensor, new: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from .layer_norm import AddLayerNorm, LayerNorm, RMSNorm
 from .masked_batch_norm import MaskedBatchNorm
 from .multihead_attention import MultiheadAttention
 from .power_norm import PowerNorm
+from .recurrent import RecurrentLayers
 from .recurrent_attention import RecurrentAttention
 from .transformer import Transformer
 from .transformer_decoder import TransformerDecoder, TransformerDecoderLayer
@@ -21,6 +22,7 @@ __all__ = [
     "PowerNorm",
     "RMSNorm",
     "RecurrentAttention",
+    "RecurrentLayers",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

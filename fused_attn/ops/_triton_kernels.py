@@ -77,6 +77,15 @@ def dropout_keep(
 
 
 @triton.jit
+def sigmoid_with_slope(x):
+    """1 / (1 + e^-x) and its derivative. Neither overflows nor cancels at either end."""
+    e = tl.exp(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    below = e * r
+    return tl.where(x < 0.0, below, r), below * r
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent and its derivative, to a few units in the last place, near 0 and 1 too."""
     # The polynomial is that of Cephes (Moshier).

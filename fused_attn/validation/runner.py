@@ -21,6 +21,7 @@ OPS = (
     "beam_search",
     "bias_activation_dropout",
     "decode_attention",
+    "recurrent_cell",
 )
 
 

@@ -361,12 +361,41 @@ def _launch_attention(
     backend.backward(output, lse if everything else None, inputs, output, lse, masked)
 
 
+def _launch_recurrent_cell(
+    dtype: str, kind: str, size: int, fp32_state: bool = False, rows: int = 4096
+) -> None:
+    """Forward and backward of ``recurrent_cell`` on tensors without memory."""
+    import torch
+
+    from fused_attn.ops.recurrent_cell import triton as backend
+    from fused_attn.ops.recurrent_cell.contract import GATES
+
+    floating = getattr(torch, dtype)
+
+    def empty(columns: int, kind: torch.dtype = floating) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=kind, device="meta")
+
+    gates = empty(GATES[kind] * size), empty(GATES[kind] * size)
+    state = empty(size, torch.float32 if fp32_state else floating)
+    has_state = kind in ("lstm", "gru")
+    new_hidden, new_cell = backend.forward(*gates, state if has_state else None, kind)
+    backend.backward(
+        new_hidden,
+        new_cell if kind == "lstm" else None,
+        *gates,
+        state if has_state else None,
+        kind,
+        has_state,
+    )
+
+
 LAUNCHERS = {
     "add_layer_norm": _launch_add_layer_norm,
     "attention": _launch_attention,
     "beam_search": _launch_beam_search,
     "bias_activation_dropout": _launch_bias_activation_dropout,
     "decode_attention": _launch_decode_attention,
+    "recurrent_cell": _launch_recurrent_cell,
 }
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import dropout_keep, row_offsets, tile_mask
+from .._triton_kernels import dropout_keep, row_offsets, sigmoid_with_slope, tile_mask
 
 # Compiled once for all their values: the number of rows is another in every batch.
 _NUMBERS = (
@@ -35,15 +35,6 @@ def load_parameter(parameter_ptr, columns, WIDTH: tl.constexpr, BLOCK_N: tl.cons
     else:
         values = tl.load(parameter_ptr + columns)
     return values.to(tl.float32)
-
-
-@triton.jit
-def sigmoid_with_slope(x):
-    """1 / (1 + e^-x) and its derivative. Neither overflows nor cancels at either end."""
-    e = tl.exp(-tl.abs(x))
-    r = 1.0 / (1.0 + e)
-    below = e * r
-    return tl.where(x < 0.0, below, r), below * r
 
 
 @triton.jit

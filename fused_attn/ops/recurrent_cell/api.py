@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .._backend import describe_tensor, resolve
 from .._check import check_device, check_dtype, check_floating, check_same, check_tensor
-from . import cpu, reference
+from . import cpu, reference, triton
 from .contract import GATES, recurrent_cell_fused
 from .reference import recurrent_cell_reference
 
 _OP = "recurrent_cell"
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
 
 
 def recurrent_cell(

@@ -137,9 +137,10 @@ CASES: tuple[RecurrentCellCase, ...] = (
     *(_edge("prime", kind, (3,), 131) for kind in _KINDS),
     *(_edge("sliced_step", kind, (5,), 24, layout="sliced") for kind in _KINDS),
     *(_edge("fp32_state", kind, (4,), 37, fp32_state=True) for kind in ("lstm", "gru")),
-    # Where a gate is 0 or 1 to the last bit, and where e^x overflows.
+    # Where most gates are 0 or 1 to the last bit, and where e^x overflows: among many numbers, of
+    # which some have a gradient.
     *(_edge("saturated", kind, (6,), 40, scale=30.0) for kind in _KINDS),
-    *(_edge("large", kind, (4,), 33, scale=1e4) for kind in _KINDS),
+    *(_edge("large", kind, (16,), 65, scale=300.0) for kind in _KINDS),
     # Where 2 sigmoid(2x) - 1, or a ratio of exponentials, would have no digit of tanh.
     *(_edge("tiny", kind, (4,), 40, scale=1e-3) for kind in ("lstm", "gru", "tanh")),
     _edge("no_rows", "lstm", (0, 4), 16),

@@ -1,0 +1,46 @@
+"""A recurrent layer's step after its products, beside PyTorch.
+
+The peer is PyTorch's own composition, as ``torch.nn.LSTMCell``, ``GRUCell`` and ``RNNCell`` make it
+on a CPU after their products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_attn.ops._cases import Case
+
+from .measured import Run, ours, parametrize, time_provider
+
+OP = "recurrent_cell"
+
+
+def peer(case: Case) -> Run:
+    """The step as a model in plain PyTorch has it, in the inputs' dtype."""
+
+    def run(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        x, h = inputs["input_gates"], inputs["hidden_gates"]
+        if inputs["kind"] == "lstm":
+            i, f, g, o = (x + h).chunk(4, dim=-1)
+            cell = torch.sigmoid(f) * inputs["cell"] + torch.sigmoid(i) * torch.tanh(g)
+            return torch.sigmoid(o) * torch.tanh(cell), cell
+        if inputs["kind"] == "gru":
+            (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, dim=-1), h.chunk(3, dim=-1)
+            update = torch.sigmoid(x_z + h_z)
+            new = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+            return (new + update * (inputs["hidden"] - new),)
+        return ((torch.tanh if inputs["kind"] == "tanh" else torch.relu)(x + h),)
+
+    return run
+
+
+@parametrize(OP)
+@pytest.mark.parametrize("provider", ["fused_attn", "torch"])
+def test_recurrent_cell(benchmark: Any, case: Case, direction: str, provider: str) -> None:
+    run = ours(case) if provider == "fused_attn" else peer(case)
+    time_provider(benchmark, case, direction, provider, run)
