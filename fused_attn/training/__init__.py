@@ -7,9 +7,26 @@ from .checkpoint import (
     load_weights,
     save_checkpoint,
 )
+from .codec import Codec, make_codec
 from .config import TrainingConfig
-from .data import Batch, ParallelDataset, ParallelText, TokenBatches, read_lines, read_parallel
+from .data import (
+    Batch,
+    Dataset,
+    ParallelDataset,
+    ParallelText,
+    TokenBatches,
+    read_lines,
+    read_parallel,
+)
 from .errors import CheckpointError, DataError, InputError, MissingLibraryError
+from .features import (
+    FeatureDataset,
+    FeatureSequences,
+    FeatureText,
+    read_feature_text,
+    read_features,
+)
+from .kinds import build_model, model_fields
 from .loop import Trainer, TrainingError, Validation, mean_loss
 from .loss import (
     Losses,
@@ -18,7 +35,7 @@ from .loss import (
     training_losses,
     translation_loss,
 )
-from .metrics import Bleu, corpus_bleu, exact_match
+from .metrics import Bleu, corpus_bleu, error_rate, exact_match
 from .optimizer import InverseSquareRoot, build_optimizer
 from .sampling import SamplingSchedule, mix_predictions
 from .text import Vocabulary
@@ -27,7 +44,12 @@ __all__ = [
     "Batch",
     "Bleu",
     "CheckpointError",
+    "Codec",
     "DataError",
+    "Dataset",
+    "FeatureDataset",
+    "FeatureSequences",
+    "FeatureText",
     "InputError",
     "InverseSquareRoot",
     "Losses",
@@ -44,14 +66,20 @@ __all__ = [
     "Vocabulary",
     "attention_coverage_loss",
     "average_weights",
+    "build_model",
     "build_optimizer",
     "corpus_bleu",
+    "error_rate",
     "exact_match",
     "guided_attention_loss",
     "load_config",
     "load_weights",
+    "make_codec",
     "mean_loss",
     "mix_predictions",
+    "model_fields",
+    "read_feature_text",
+    "read_features",
     "read_lines",
     "read_parallel",
     "save_checkpoint",

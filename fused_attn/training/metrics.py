@@ -1,4 +1,4 @@
-"""Scores of translations: BLEU by sacreBLEU, with its signature, and exact match."""
+"""Scores of translations: BLEU by sacreBLEU, with its signature; exact match; error rates."""
 
 from __future__ import annotations
 
@@ -65,7 +65,34 @@ def exact_match(hypotheses: Sequence[str], references: Sequence[str]) -> float:
     return equal / len(references)
 
 
-def _check_lengths(name: str, hypotheses: Sequence[str], references: Sequence[str]) -> None:
+def error_rate(
+    hypotheses: Sequence[Sequence[object]], references: Sequence[Sequence[object]]
+) -> float:
+    """Return the least number of insertions, deletions and substitutions, by references' length.
+
+    Args:
+        hypotheses: Strings, for the error rate of characters, or lists of words.
+        references: Likewise, one for each.
+
+    Raises:
+        ValueError: Their numbers differ, or there are none.
+    """
+    _check_lengths("error_rate", hypotheses, references)
+    pairs = zip(hypotheses, references, strict=True)
+    return sum(_edits(*pair) for pair in pairs) / max(1, sum(map(len, references)))
+
+
+def _edits(one: Sequence[object], other: Sequence[object]) -> int:
+    """Levenshtein's distance."""
+    row = list(range(len(other) + 1))
+    for i, item in enumerate(one, start=1):
+        above, row = row, [i]
+        for j, wanted in enumerate(other, start=1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (item != wanted)))
+    return row[-1]
+
+
+def _check_lengths(name: str, hypotheses: Sequence[object], references: Sequence[object]) -> None:
     if len(hypotheses) != len(references) or not references:
         raise ValueError(
             f"{name}: hypotheses must have one sentence for each reference, at least one, got "
