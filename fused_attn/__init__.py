@@ -10,6 +10,7 @@ from .ops import (
     bias_activation_dropout,
     decode_attention,
     recurrent_cell,
+    recurrent_layer,
     token_edits,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "bias_activation_dropout",
     "decode_attention",
     "recurrent_cell",
+    "recurrent_layer",
     "token_edits",
 ]

@@ -5,7 +5,7 @@ from .attention import BlockMask, attention
 from .beam_search import BeamSearchStep, TokenEdits, beam_search_step, token_edits
 from .bias_activation_dropout import bias_activation_dropout
 from .decode_attention import decode_attention
-from .recurrent_cell import recurrent_cell
+from .recurrent_cell import recurrent_cell, recurrent_layer
 
 __all__ = [
     "BeamSearchStep",
@@ -17,5 +17,6 @@ __all__ = [
     "bias_activation_dropout",
     "decode_attention",
     "recurrent_cell",
+    "recurrent_layer",
     "token_edits",
 ]
