@@ -14,6 +14,7 @@ from .ops import (
     copy_nll,
     decode_attention,
     recurrent_cell,
+    recurrent_layer,
     token_edits,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "copy_nll",
     "decode_attention",
     "recurrent_cell",
+    "recurrent_layer",
     "token_edits",
 ]

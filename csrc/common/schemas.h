@@ -50,6 +50,15 @@ inline void define_operators(torch::Library& m) {
       "recurrent_cell_backward(Tensor? grad_hidden, Tensor? grad_cell, Tensor input_gates, "
       "Tensor hidden_gates, Tensor? state, str kind, bool need_grad_state) -> "
       "(Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_layer_forward(Tensor input_gates, Tensor hidden, Tensor? cell, Tensor weight, "
+      "Tensor? bias, Tensor batch_sizes, str kind, bool reverse, bool save) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recurrent_layer_backward(Tensor? grad_output, Tensor? grad_final_hidden, "
+      "Tensor? grad_final_cell, Tensor input_gates, Tensor hidden_before, Tensor cell_before, "
+      "Tensor hidden_gates, Tensor weight, Tensor batch_sizes, int sequences, str kind, "
+      "bool reverse, bool need_grad_state) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 }  // namespace fused_attn

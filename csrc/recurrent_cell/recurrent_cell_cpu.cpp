@@ -3,40 +3,17 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <string_view>
-
-#include "common/dispatch.h"
 #include "common/large_outputs.h"
-#include "recurrent_cell/recurrent_cell.h"
+#include "recurrent_cell/recurrent_cell_arguments.h"
 
 namespace fused_attn {
 namespace {
 
 using at::Tensor;
 
-Cell cell_of(std::string_view kind) {
-  if (kind == "lstm") return Cell::kLstm;
-  if (kind == "gru") return Cell::kGru;
-  if (kind == "tanh") return Cell::kTanh;
-  if (kind == "relu") return Cell::kRelu;
-  TORCH_CHECK(false, "recurrent_cell: unknown kind ", kind);
-}
-
-int64_t gates_of(Cell cell) {
-  if (cell == Cell::kLstm) return 4;
-  return cell == Cell::kGru ? 3 : 1;
-}
-
 void check_state(const std::optional<Tensor>& state, Cell cell, std::string_view kind) {
   const bool needs_state = cell == Cell::kLstm || cell == Cell::kGru;
   TORCH_CHECK(!needs_state || state.has_value(), "recurrent_cell: ", kind, " needs a state");
-}
-
-// What an element's gates cost, in elements of a kernel that waits for memory.
-constexpr int64_t kCost = 4;
-
-int64_t row_grain(Cell cell, int64_t hidden_size) {
-  return task_grain(kCost * gates_of(cell) * hidden_size);
 }
 
 std::tuple<Tensor, Tensor> recurrent_cell_forward_cpu(const Tensor& input_gates,

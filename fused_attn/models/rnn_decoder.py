@@ -73,7 +73,8 @@ class Bridge(nn.Module):
         """The decoder's first state, and the source as one vector ``[B, H]``."""
         vector = encoded.state[0][-1]
         if self.kind == "mean":
-            vector = encoded.memory.sum(dim=1)
+            # Summed in order, so that no bit depends on how many zeros stand behind.
+            vector = encoded.memory.cumsum(dim=1)[:, -1]
             if encoded.lengths is None:
                 vector = vector / encoded.memory.size(1)
             else:
@@ -180,16 +181,17 @@ class RNNDecoder(nn.Module):
             x: ``[B, K, ...]``: from ``inputs``.
             carried: From ``carry`` or the step before.
             memory: ``Beginning.memory``.
-            gates: ``[B, K, G]``: ``recurrence.input_gates(x)``, where it was made for all steps.
+            gates: ``[B, K, G]``: ``recurrence.input_gates(x)``, where it was made for all steps
+                of input feeding.
         """
         B, K, _ = x.shape
-        if carried.feed is not None:
-            if gates is None:
-                gates = self.recurrence.input_gates(x)
+        if gates is not None and carried.feed is not None:
             rows, recurrent = self.recurrence.step(
                 carried.feed.flatten(0, 1), carried.recurrent, gates.flatten(0, 1)
             )
         else:
+            if carried.feed is not None:
+                x = torch.cat([x, carried.feed], dim=2)
             rows, recurrent = self.recurrence.step(x.flatten(0, 1), carried.recurrent)
         state = rows.view(B, K, -1)
         if self.attention is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_attn.nn import packed as layers
 from fused_attn.ops import copy_distribution, copy_nll
 
 from .rnn_config import POINTER_VOCABULARY, RNNSeq2SeqConfig
@@ -16,7 +17,9 @@ from .rnn_decoding import RNNDecoding, check_looks, spread
 from .rnn_encoder import FrontEnd, RNNEncoder
 from .rnn_initialization import initialize
 from .rnn_output import CopyScores, EndProjection, GenerationGate
+from .rnn_packed import PackedRows, pack, packing_reason
 from .rnn_state import RNNState
+from .transformer_packed import Fingerprint
 
 _NAME = "RNNSeq2Seq"
 
@@ -87,6 +90,9 @@ class RNNSeq2Seq(RNNDecoding, nn.Module):
         Bahdanau et al., 2015. https://arxiv.org/abs/1409.0473
         Luong et al., 2015. https://arxiv.org/abs/1508.04025
     """
+
+    # The packed copy of the weights with what it was made of; no module, so in no state dict.
+    _packed: tuple[Fingerprint, RNNSeq2Seq] | None = None
 
     def __init__(self, config: RNNSeq2SeqConfig) -> None:
         super().__init__()
@@ -444,7 +450,22 @@ class RNNSeq2Seq(RNNDecoding, nn.Module):
                 f"{_NAME}: generation needs the model in evaluation mode (model.eval()), got "
                 "training mode"
             )
-        return self
+        if not _packs(self):
+            self._packed = None
+            return self
+        if self._packed is None or not self._packed[0].holds():
+            self._packed = None  # before its successor needs the memory
+            twin = pack(self)
+            if twin.output_projection is None:
+                twin.output_projection = PackedRows(self.target_embedding.weight, None)
+            self._packed = Fingerprint(self), twin
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the packed copy, which is made again where it is needed."""
+        state = self.__dict__.copy()
+        state.pop("_packed", None)
+        return state
 
     def _looked(self, outputs: DecoderOutputs, sources: Sources) -> Tensor | None:
         """``[B, T, S']``: weights of attention, or of copying where there is none."""
@@ -490,3 +511,13 @@ class RNNSeq2Seq(RNNDecoding, nn.Module):
                 f"{_NAME}: {name} must have at most {self.config.max_length} positions "
                 f"(config.max_length), got {sequence.size(1)}"
             )
+
+
+def _packs(model: RNNSeq2Seq) -> bool:
+    """Whether ``start`` computes with packed weights."""
+    return (
+        layers.packing_unavailable_reason() == ""
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and packing_reason(model) == ""
+    )

@@ -63,11 +63,11 @@ class PackedBatch:
 
     def unpack(self, data: Tensor) -> Tensor:
         """``[N, E]`` to ``[B, T, E]``, 0 where there is no step."""
-        B, T = self.shape
+        (B, T), E = self.shape, data.size(-1)
         if self.positions is None:
-            return data.view(T, B, -1).transpose(0, 1)
-        padded = data.new_zeros(B * T, data.size(-1))
-        return padded.index_copy(0, self.positions, data).view(B, T, -1)
+            return data.view(T, B, E).transpose(0, 1)
+        padded = data.new_zeros(B * T, E)
+        return padded.index_copy(0, self.positions, data).view(B, T, E)
 
     def sort(self, state: Tensor) -> Tensor:
         """``[L, B, H]`` to ``[L, n, H]``: sequences that have a step, longest first."""

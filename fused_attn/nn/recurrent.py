@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_attn.ops import recurrent_cell
+from fused_attn.ops import recurrent_cell, recurrent_layer
+from fused_attn.ops.recurrent_cell import layer_is_fused
 
 from ._packed_sequence import PackedBatch
 
@@ -125,8 +126,11 @@ class RecurrentLayers(nn.RNNBase):
     def _run(
         self, batch: PackedBatch, data: Tensor, state: RecurrentState
     ) -> tuple[Tensor, RecurrentState]:
+        """Output of the last layer and final states of packed inputs ``[N, input_size]``."""
         if data.size(0) == 0:
             return data.new_zeros(0, self.output_size), state
+        if layer_is_fused(data) and not torch.is_autocast_enabled(data.device.type):
+            return self._run_fused(batch, data, state)
         self._update_flat_weights()
         functions: dict[str, Callable[..., Any]] = {
             "lstm": torch.lstm,
@@ -147,6 +151,32 @@ class RecurrentLayers(nn.RNNBase):
         )
         return output, tuple(final)
 
+    def _run_fused(
+        self, batch: PackedBatch, data: Tensor, state: RecurrentState
+    ) -> tuple[Tensor, RecurrentState]:
+        finals: list[tuple[Tensor, ...]] = []
+        for layer in range(self.num_layers):
+            if layer > 0:
+                data = F.dropout(data, self.dropout, self.training)
+            outputs = []
+            for reverse in (False, True)[: self._directions]:
+                weight_ih, weight_hh, bias_ih, bias_hh = self._parameters_of(layer, reverse)
+                index = layer * self._directions + reverse
+                output, *final = recurrent_layer(
+                    F.linear(data, weight_ih, bias_ih),
+                    batch.batch_sizes,
+                    state[0][index],
+                    state[1][index] if self.kind == "lstm" else None,
+                    weight_hh,
+                    bias_hh,
+                    kind=self.kind,
+                    reverse=reverse,
+                )
+                outputs.append(output)
+                finals.append(tuple(final[: len(state)]))
+            data = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
+        return data, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+
     def input_gates(self, x: Tensor, first_column: int = 0) -> Tensor:
         """What some columns of the input contribute to the gates of the first layer.
 
@@ -157,8 +187,9 @@ class RecurrentLayers(nn.RNNBase):
         Returns:
             ``[..., G H]``.
         """
-        weight = self.weight_ih_l0[:, first_column : first_column + x.size(-1)]
-        return F.linear(x, weight, self._parameter("bias_ih", 0) if first_column == 0 else None)
+        weight, _, bias, _ = self._parameters_of(0)
+        columns = weight[:, first_column : first_column + x.size(-1)]
+        return F.linear(x, columns, bias if first_column == 0 else None)
 
     def step(
         self, x: Tensor, state: RecurrentState, input_gates: Tensor | None = None
@@ -189,26 +220,34 @@ class RecurrentLayers(nn.RNNBase):
         news: list[tuple[Tensor, ...]] = []
         output = x
         for layer in range(self.num_layers):
+            weight_ih, weight_hh, bias_ih, bias_hh = self._parameters_of(layer)
             if layer == 0:
                 from_input = first_gates
             else:
                 output = F.dropout(output, self.dropout, self.training)
-                from_input = F.linear(
-                    output, self._parameter("weight_ih", layer), self._parameter("bias_ih", layer)
-                )
+                from_input = F.linear(output, weight_ih, bias_ih)
             hidden = state[0][layer]
-            from_hidden = F.linear(
-                hidden, self._parameter("weight_hh", layer), self._parameter("bias_hh", layer)
-            )
+            from_hidden = F.linear(hidden, weight_hh, bias_hh)
             cell = state[1][layer] if self.kind == "lstm" else None
             new = recurrent_cell(from_input, from_hidden, hidden, cell, kind=self.kind)
             news.append(new if self.kind == "lstm" else new[:1])
             output = new[0]
         return output, tuple(torch.stack(parts) for parts in zip(*news, strict=True))
 
-    def _parameter(self, name: str, layer: int, reverse: bool = False) -> Any:
-        """``weight_ih``, ``weight_hh``, ``bias_ih`` or ``bias_hh``; None where there is none."""
-        return getattr(self, f"{name}_l{layer}{'_reverse' if reverse else ''}", None)
+    def _parameters_of(
+        self, layer: int, reverse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """``weight_ih``, ``weight_hh``, ``bias_ih`` and ``bias_hh`` of a layer's direction."""
+        suffix = f"_l{layer}{'_reverse' if reverse else ''}"
+        bias_ih, bias_hh = (
+            getattr(self, name + suffix) if self.bias else None for name in ("bias_ih", "bias_hh")
+        )
+        return (
+            getattr(self, "weight_ih" + suffix),
+            getattr(self, "weight_hh" + suffix),
+            bias_ih,
+            bias_hh,
+        )
 
     def _check_input(self, x: Tensor, dimensions: int, layout: str) -> None:
         if x.dim() != dimensions or x.size(-1) != self.input_size:

@@ -7,7 +7,7 @@ from .beam_search import BeamSearchStep, TokenEdits, beam_search_step, token_edi
 from .bias_activation_dropout import bias_activation_dropout
 from .copy_distribution import copy_distribution, copy_nll
 from .decode_attention import decode_attention
-from .recurrent_cell import recurrent_cell
+from .recurrent_cell import recurrent_cell, recurrent_layer
 
 __all__ = [
     "BeamSearchStep",
@@ -23,5 +23,6 @@ __all__ = [
     "copy_nll",
     "decode_attention",
     "recurrent_cell",
+    "recurrent_layer",
     "token_edits",
 ]

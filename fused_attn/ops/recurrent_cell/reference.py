@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,6 +36,39 @@ def recurrent_cell_reference(
     return new_hidden.to(dtype), after.to(state.dtype)
 
 
+def recurrent_layer_reference(
+    input_gates: Tensor,
+    hidden: Tensor,
+    cell: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch_sizes: Tensor,
+    *,
+    kind: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and final states; see the public function. States are rounded at each step."""
+    sizes = batch_sizes.tolist()
+    steps = input_gates.split(sizes)
+    outputs: list[Tensor] = [input_gates.new_empty(0)] * len(sizes)
+    order = range(len(sizes))
+    for s in reversed(order) if reverse else order:
+        rows = sizes[s]
+        hidden_gates = F.linear(hidden[:rows], weight, bias)
+        state = hidden[:rows] if cell is None else cell[:rows]
+        outputs[s], new_cell = recurrent_cell_reference(steps[s], hidden_gates, state, kind=kind)
+        hidden = torch.cat((outputs[s], hidden[rows:]))
+        if cell is not None:
+            cell = torch.cat((new_cell, cell[rows:]))
+    output = torch.cat(outputs) if outputs else hidden[:0]
+    return output, hidden, input_gates.new_empty(0) if cell is None else cell
+
+
 def unsupported_reasons(*tensors: object, **flags: object) -> list[str]:
+    """The reference runs every call."""
+    return []
+
+
+def layer_unsupported_reasons(*tensors: object) -> list[str]:
     """The reference runs every call."""
     return []

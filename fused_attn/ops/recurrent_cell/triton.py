@@ -46,6 +46,11 @@ def unsupported_reasons(input_gates: Tensor) -> list[str]:
     return []
 
 
+def layer_unsupported_reasons(input_gates: Tensor) -> list[str]:
+    """This backend runs no whole layer."""
+    return ["has no kernel of a whole layer: torch.nn's layers, by cuDNN, are made of one"]
+
+
 def forward(
     input_gates: Tensor, hidden_gates: Tensor, state: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor]:
