@@ -1,0 +1,346 @@
+"""The ``triton`` backend: launchers. The kernels are in ``triton_kernels.py``, loaded on use."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._check import FLOATING
+from .._triton import (
+    ceil_div,
+    contiguous,
+    device_guard,
+    multiprocessor_count,
+    next_power_of_2,
+    reduce_partials,
+    target,
+)
+from .contract import AdditiveInputs, Gradients, empty_gradients, empty_outputs
+
+# Programs of one warp that a multiprocessor should have to hide the time that arithmetic takes.
+_PROGRAMS_PER_MULTIPROCESSOR = 16
+# Slices of the gradient of the query at most, each as large as it is, in fp32.
+_MAX_SPLITS = 32
+# Tiles of matrix products: queries, keys, columns of values at most.
+_PRODUCT_ROWS = 16
+_PRODUCT_KEYS = 64
+_MAX_COLUMNS = 64
+# Elements of a program that sums slices.
+_SUM_ELEMENTS = 1024
+
+
+class Tile(NamedTuple):
+    """Pairs of a program: queries, keys, components."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_E: int
+
+
+class Pairs(NamedTuple):
+    """What kernels that make tangents are told of the inputs."""
+
+    tensors: tuple[Tensor | None, ...]
+    strides: tuple[int, ...]
+    flags: dict[str, Any]
+
+
+def unsupported_reasons(inputs: AdditiveInputs) -> list[str]:
+    """Why this backend cannot run the call; empty if it can."""
+    reasons = []
+    if inputs.query.dtype not in FLOATING:
+        reasons.append(f"dtype {inputs.query.dtype}: float32, float16 or bfloat16 only")
+    return reasons
+
+
+def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
+    """Context and weights; without values nothing and the scores."""
+    from .triton_kernels import additive_context_kernel, additive_scores_kernel
+
+    context, weights = empty_outputs(inputs)
+    B, H, T, E = inputs.query.shape
+    S, value = inputs.key.size(2), inputs.value
+    if weights.numel() == 0:
+        return context.zero_(), weights
+    pairs, tile = _pairs(inputs), _tile(T, E)
+    scores = weights if value is None else torch.empty_like(weights)
+    with device_guard(weights):
+        programs = B * H * ceil_div(T, tile.BLOCK_M) * ceil_div(S, tile.BLOCK_N)
+        additive_scores_kernel[(programs,)](
+            *pairs.tensors,
+            scores,
+            *pairs.strides,
+            H,
+            T,
+            S,
+            **pairs.flags,
+            **tile._asdict(),
+            num_warps=1,
+        )
+        if value is not None:
+            value = _contiguous_columns(value)
+            columns = _columns(value)
+            block_m = _product_rows(T)
+            programs = B * H * ceil_div(T, block_m) * columns["COLUMN_TILES"]
+            additive_context_kernel[(programs,)](
+                scores,
+                value,
+                weights,
+                context,
+                *value.stride()[:3],
+                H,
+                T,
+                S,
+                **columns,
+                BLOCK_M=block_m,
+                BLOCK_N=_PRODUCT_KEYS,
+                num_warps=4,
+            )
+    return context, weights
+
+
+def backward(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    inputs: AdditiveInputs,
+    weights: Tensor | None,
+    needs: list[bool],
+) -> Gradients:
+    """Gradients of query, key, value, score_weight, features and feature_weight."""
+    gradients = empty_gradients(inputs, needs)
+    B, H, T, _ = inputs.query.shape
+    if B * H * T * inputs.key.size(2) == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    grad_query, grad_key, grad_value, grad_score_weight, grad_features, grad_feature_weight = (
+        gradients
+    )
+    with device_guard(inputs.query):
+        if grad_context is not None:
+            grad_context = _contiguous_columns(grad_context)
+        if grad_value.numel() > 0:
+            _value_gradient(grad_context, weights, grad_value)
+        if any(gradient.numel() > 0 for gradient in gradients[:2] + gradients[3:]):
+            grad_scores = grad_weights
+            if inputs.value is not None:
+                grad_scores = _score_gradient(grad_context, grad_weights, inputs.value, weights)
+        pair_gradients = (grad_query, grad_key, grad_score_weight, grad_feature_weight)
+        if any(gradient.numel() > 0 for gradient in pair_gradients):
+            _pair_gradients(inputs, grad_scores, *pair_gradients)
+        if grad_features.numel() > 0:
+            _feature_gradient(inputs, grad_scores, grad_features)
+    return gradients
+
+
+def _value_gradient(
+    grad_context: Tensor | None, weights: Tensor | None, grad_value: Tensor
+) -> None:
+    from .triton_kernels import additive_value_gradient_kernel
+
+    if grad_context is None:
+        grad_value.zero_()
+        return
+    assert weights is not None  # a call with values has kept them
+    B, H, T, S = weights.shape
+    columns = _columns(grad_value)
+    programs = B * H * ceil_div(S, _PRODUCT_KEYS) * columns["COLUMN_TILES"]
+    additive_value_gradient_kernel[(programs,)](
+        weights.contiguous(),
+        grad_context,
+        grad_value,
+        *grad_context.stride()[:3],
+        H,
+        T,
+        S,
+        **columns,
+        BLOCK_M=_PRODUCT_ROWS,
+        BLOCK_N=_PRODUCT_KEYS,
+        num_warps=4,
+    )
+
+
+def _score_gradient(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    value: Tensor,
+    weights: Tensor | None,
+) -> Tensor:
+    from .triton_kernels import additive_score_gradient_kernel
+
+    assert weights is not None  # a call with values has kept them
+    B, H, T, S = weights.shape
+    weights, value = weights.contiguous(), _contiguous_columns(value)
+    grad_scores = torch.empty_like(weights)
+    block_m = _product_rows(T)
+    columns = _columns(value)
+    columns.pop("COLUMN_TILES")
+    additive_score_gradient_kernel[(B * H * ceil_div(T, block_m),)](
+        weights,
+        value,
+        # What is absent is not read.
+        value if grad_context is None else grad_context,
+        weights if grad_weights is None else grad_weights,
+        grad_scores,
+        *value.stride()[:3],
+        *((0, 0, 0) if grad_context is None else grad_context.stride()[:3]),
+        *((0, 0, 0, 0) if grad_weights is None else grad_weights.stride()),
+        H,
+        T,
+        S,
+        HAS_CONTEXT=grad_context is not None and value.size(3) > 0,
+        HAS_WEIGHTS=grad_weights is not None,
+        **columns,
+        BLOCK_M=block_m,
+        BLOCK_N=_PRODUCT_KEYS,
+        num_warps=4,
+    )
+    return grad_scores
+
+
+def _pair_gradients(
+    inputs: AdditiveInputs,
+    grad_scores: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_score_weight: Tensor,
+    grad_feature_weight: Tensor,
+) -> None:
+    from .triton_kernels import additive_pair_gradient_kernel, additive_query_gradient_kernel
+
+    B, H, T, E = inputs.query.shape
+    S, pairs, tile = inputs.key.size(2), _pairs(inputs), _tile(T, E)
+    slices = B * H * ceil_div(E, tile.BLOCK_E)
+    splits, tiles_per_split = _split(
+        ceil_div(S, tile.BLOCK_N), slices, multiprocessor_count(grad_scores)
+    )
+
+    def partial(gradient: Tensor, count: int) -> Tensor:
+        size = (count, gradient.numel()) if gradient.numel() > 0 else (0, 0)
+        return grad_scores.new_empty(size, dtype=torch.float32)
+
+    query_sums = partial(grad_query, splits)
+    weight_gradients = (grad_score_weight, grad_feature_weight)
+    weight_sums = [partial(gradient, B * splits) for gradient in weight_gradients]
+    additive_pair_gradient_kernel[(slices * splits,)](
+        *pairs.tensors,
+        grad_scores,
+        query_sums,
+        grad_key,
+        *weight_sums,
+        *pairs.strides,
+        *grad_scores.stride(),
+        H,
+        T,
+        S,
+        splits,
+        tiles_per_split,
+        **pairs.flags,
+        NEED_QUERY=grad_query.numel() > 0,
+        NEED_KEY=grad_key.numel() > 0,
+        NEED_SCORE_WEIGHT=grad_score_weight.numel() > 0,
+        NEED_FEATURE_WEIGHT=grad_feature_weight.numel() > 0,
+        BLOCK_F=next_power_of_2(pairs.flags["F"]),
+        **tile._asdict(),
+        num_warps=1,
+    )
+    if grad_query.numel() > 0:
+        elements = grad_query.numel()
+        additive_query_gradient_kernel[(ceil_div(elements, _SUM_ELEMENTS),)](
+            query_sums, grad_query, elements, splits, BLOCK=_SUM_ELEMENTS, num_warps=4
+        )
+    for sums, gradient in zip(weight_sums, weight_gradients, strict=True):
+        if gradient.numel() > 0:
+            reduce_partials(sums.unsqueeze(0), [gradient.view(-1)])
+
+
+def _feature_gradient(
+    inputs: AdditiveInputs, grad_scores: Tensor, grad_features: Tensor
+) -> None:
+    from .triton_kernels import additive_feature_gradient_kernel
+
+    B, H, T, E = inputs.query.shape
+    S, pairs, tile = inputs.key.size(2), _pairs(inputs), _tile(T, E)
+    programs = B * H * ceil_div(T, tile.BLOCK_M) * ceil_div(S, tile.BLOCK_N)
+    additive_feature_gradient_kernel[(programs,)](
+        *pairs.tensors,
+        grad_scores,
+        grad_features,
+        *pairs.strides,
+        *grad_scores.stride(),
+        H,
+        T,
+        S,
+        **pairs.flags,
+        # Products are 16 wide at least.
+        BLOCK_F=max(next_power_of_2(pairs.flags["F"]), 16),
+        **tile._asdict(),
+        num_warps=1,
+    )
+
+
+def _tile(queries: int, E: int) -> Tile:
+    """Of kernels that make tangents: the same for any number of queries but one."""
+    if target().architecture == "interpreter":
+        # It takes its time for every operation, whatever its size.
+        return Tile(1 if queries == 1 else 16, 32, min(max(next_power_of_2(E), 16), 128))
+    lanes = target().warp_size
+    return Tile(1, 32, lanes) if queries == 1 else Tile(4, 8, lanes)
+
+
+def _product_rows(queries: int) -> int:
+    return 1 if queries == 1 else _PRODUCT_ROWS
+
+
+def _columns(rows: Tensor) -> dict[str, int]:
+    """How kernels that make products cover the columns of rows ``[B, H, rows, D]``."""
+    D = rows.size(3)
+    block_d = min(max(next_power_of_2(D), 16), _MAX_COLUMNS)
+    return {"D": D, "COLUMN_TILES": max(ceil_div(D, block_d), 1), "BLOCK_D": block_d}
+
+
+def _split(tiles: int, programs: int, multiprocessors: int) -> tuple[int, int]:
+    """How many splits of the keys fill the GPU, and the tiles of each; none is empty."""
+    wanted = ceil_div(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs)
+    tiles_per_split = ceil_div(tiles, min(wanted, tiles, _MAX_SPLITS))
+    return ceil_div(tiles, tiles_per_split), tiles_per_split
+
+
+def _pairs(inputs: AdditiveInputs) -> Pairs:
+    query, key = _contiguous_columns(inputs.query), _contiguous_columns(inputs.key)
+    B, H, T, E = query.shape
+    features, feature_weight = inputs.features, inputs.feature_weight
+    F = 0 if features is None else features.size(4)
+    mask = inputs.mask
+    if mask is not None:
+        # A bool is a byte, which loads without a conversion in every version.
+        mask = mask.view(torch.uint8).expand(B, H, T, key.size(2))
+    tensors = (
+        query,
+        key,
+        inputs.score_weight.contiguous(),
+        # What is absent is not read.
+        query if features is None else features,
+        query if feature_weight is None else feature_weight.contiguous(),
+        query if mask is None else mask,
+        contiguous(inputs.key_lengths),
+    )
+    strides = (
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *((0,) * 5 if features is None else features.stride()),
+        *((0,) * 4 if mask is None else mask.stride()),
+    )
+    flags = {
+        "HAS_MASK": mask is not None,
+        "HAS_LENGTHS": inputs.key_lengths is not None,
+        "E": E,
+        "F": F,
+    }
+    return Pairs(tensors, strides, flags)
+
+
+def _contiguous_columns(tensor: Tensor) -> Tensor:
+    return tensor if tensor.size(3) <= 1 or tensor.stride(3) == 1 else tensor.contiguous()
