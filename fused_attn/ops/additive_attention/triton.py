@@ -23,10 +23,12 @@ from .contract import AdditiveInputs, Gradients, empty_gradients, empty_outputs
 _PROGRAMS_PER_MULTIPROCESSOR = 16
 # Slices of the gradient of the query at most, each as large as it is, in fp32.
 _MAX_SPLITS = 32
-# Tiles of matrix products: queries, keys, columns of values at most.
+# Tiles of matrix products: queries, and bytes of keys and of columns of values.
 _PRODUCT_ROWS = 16
-_PRODUCT_KEYS = 64
-_MAX_COLUMNS = 64
+_PRODUCT_BYTES = 128
+# Registers of a thread: of the scores, and of everything else.
+_SCORES_REGISTERS = 168
+_REGISTERS = 255
 # Elements of a program that sums slices.
 _SUM_ELEMENTS = 1024
 
@@ -44,6 +46,7 @@ class Pairs(NamedTuple):
 
     tensors: tuple[Tensor | None, ...]
     strides: tuple[int, ...]
+    F: int
     flags: dict[str, Any]
 
 
@@ -75,15 +78,17 @@ def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
             H,
             T,
             S,
+            pairs.F,
             **pairs.flags,
             **tile._asdict(),
             num_warps=1,
+            **target().register_options(_SCORES_REGISTERS),
         )
         if value is not None:
             value = _contiguous_columns(value)
-            columns = _columns(value)
-            block_m = _product_rows(T)
-            programs = B * H * ceil_div(T, block_m) * columns["COLUMN_TILES"]
+            products = _products(value, T)
+            column_tiles = _column_tiles(products)
+            programs = B * H * ceil_div(T, products["BLOCK_M"]) * column_tiles
             additive_context_kernel[(programs,)](
                 scores,
                 value,
@@ -93,10 +98,8 @@ def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
                 H,
                 T,
                 S,
-                **columns,
-                BLOCK_M=block_m,
-                BLOCK_N=_PRODUCT_KEYS,
-                num_warps=4,
+                COLUMN_TILES=column_tiles,
+                **products,
             )
     return context, weights
 
@@ -145,8 +148,9 @@ def _value_gradient(
         return
     assert weights is not None  # a call with values has kept them
     B, H, T, S = weights.shape
-    columns = _columns(grad_value)
-    programs = B * H * ceil_div(S, _PRODUCT_KEYS) * columns["COLUMN_TILES"]
+    products = _products(grad_value)
+    column_tiles = _column_tiles(products)
+    programs = B * H * ceil_div(S, products["BLOCK_N"]) * column_tiles
     additive_value_gradient_kernel[(programs,)](
         weights.contiguous(),
         grad_context,
@@ -155,10 +159,8 @@ def _value_gradient(
         H,
         T,
         S,
-        **columns,
-        BLOCK_M=_PRODUCT_ROWS,
-        BLOCK_N=_PRODUCT_KEYS,
-        num_warps=4,
+        COLUMN_TILES=column_tiles,
+        **products,
     )
 
 
@@ -174,10 +176,8 @@ def _score_gradient(
     B, H, T, S = weights.shape
     weights, value = weights.contiguous(), _contiguous_columns(value)
     grad_scores = torch.empty_like(weights)
-    block_m = _product_rows(T)
-    columns = _columns(value)
-    columns.pop("COLUMN_TILES")
-    additive_score_gradient_kernel[(B * H * ceil_div(T, block_m),)](
+    products = _products(value, T)
+    additive_score_gradient_kernel[(B * H * ceil_div(T, products["BLOCK_M"]),)](
         weights,
         value,
         # What is absent is not read.
@@ -190,12 +190,10 @@ def _score_gradient(
         H,
         T,
         S,
+        value.size(3),
         HAS_CONTEXT=grad_context is not None and value.size(3) > 0,
         HAS_WEIGHTS=grad_weights is not None,
-        **columns,
-        BLOCK_M=block_m,
-        BLOCK_N=_PRODUCT_KEYS,
-        num_warps=4,
+        **products,
     )
     return grad_scores
 
@@ -235,6 +233,7 @@ def _pair_gradients(
         H,
         T,
         S,
+        pairs.F,
         splits,
         tiles_per_split,
         **pairs.flags,
@@ -242,9 +241,10 @@ def _pair_gradients(
         NEED_KEY=grad_key.numel() > 0,
         NEED_SCORE_WEIGHT=grad_score_weight.numel() > 0,
         NEED_FEATURE_WEIGHT=grad_feature_weight.numel() > 0,
-        BLOCK_F=next_power_of_2(pairs.flags["F"]),
+        BLOCK_F=next_power_of_2(pairs.F),
         **tile._asdict(),
         num_warps=1,
+        **target().register_options(_REGISTERS),
     )
     if grad_query.numel() > 0:
         elements = grad_query.numel()
@@ -256,9 +256,7 @@ def _pair_gradients(
             reduce_partials(sums.unsqueeze(0), [gradient.view(-1)])
 
 
-def _feature_gradient(
-    inputs: AdditiveInputs, grad_scores: Tensor, grad_features: Tensor
-) -> None:
+def _feature_gradient(inputs: AdditiveInputs, grad_scores: Tensor, grad_features: Tensor) -> None:
     from .triton_kernels import additive_feature_gradient_kernel
 
     B, H, T, E = inputs.query.shape
@@ -273,11 +271,13 @@ def _feature_gradient(
         H,
         T,
         S,
+        pairs.F,
         **pairs.flags,
         # Products are 16 wide at least.
-        BLOCK_F=max(next_power_of_2(pairs.flags["F"]), 16),
+        BLOCK_F=max(next_power_of_2(pairs.F), 16),
         **tile._asdict(),
         num_warps=1,
+        **target().register_options(_REGISTERS),
     )
 
 
@@ -290,15 +290,24 @@ def _tile(queries: int, E: int) -> Tile:
     return Tile(1, 32, lanes) if queries == 1 else Tile(4, 8, lanes)
 
 
-def _product_rows(queries: int) -> int:
-    return 1 if queries == 1 else _PRODUCT_ROWS
-
-
-def _columns(rows: Tensor) -> dict[str, int]:
-    """How kernels that make products cover the columns of rows ``[B, H, rows, D]``."""
+def _products(rows: Tensor, queries: int = _PRODUCT_ROWS) -> dict[str, int]:
+    """How a kernel multiplies rows of values ``[B, H, S, D]`` with weights of so many queries."""
     D = rows.size(3)
-    block_d = min(max(next_power_of_2(D), 16), _MAX_COLUMNS)
-    return {"D": D, "COLUMN_TILES": max(ceil_div(D, block_d), 1), "BLOCK_D": block_d}
+    # Products of fp32 run on the plain units, whose operands take registers.
+    most = _PRODUCT_BYTES // rows.element_size()
+    return {
+        "D": D,
+        "BLOCK_M": 1 if queries == 1 else _PRODUCT_ROWS,
+        "BLOCK_N": most,
+        "BLOCK_D": min(max(next_power_of_2(D), 16), most),
+        "num_warps": 4,
+        **target().register_options(_REGISTERS),
+    }
+
+
+def _column_tiles(products: dict[str, int]) -> int:
+    """Without columns there is one still, which stores the weights."""
+    return max(ceil_div(products["D"], products["BLOCK_D"]), 1)
 
 
 def _split(tiles: int, programs: int, multiprocessors: int) -> tuple[int, int]:
@@ -336,10 +345,10 @@ def _pairs(inputs: AdditiveInputs) -> Pairs:
     flags = {
         "HAS_MASK": mask is not None,
         "HAS_LENGTHS": inputs.key_lengths is not None,
+        "HAS_FEATURES": F > 0,
         "E": E,
-        "F": F,
     }
-    return Pairs(tensors, strides, flags)
+    return Pairs(tensors, strides, F, flags)
 
 
 def _contiguous_columns(tensor: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ What is made of pairs of a query and a key has tiles of BLOCK_M queries, BLOCK_N
 components, which lie in the lanes of a program's one warp: sums over queries and over keys stay
 within a lane, and a sum over components is carried out once, after the last of them.
 
-Lengths, batches and strides are numbers that nothing is compiled for.
+Lengths, batches and strides are numbers that nothing is compiled for. So are those of features and of
+columns, since the compiler would unroll their loops until it runs out of registers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ _NUMBERS = (
     "H",
     "T",
     "S",
+    "num_features",
+    "num_columns",
     "splits",
     "tiles_per_split",
     "elements",
@@ -80,16 +83,18 @@ def hidden_pairs(
     feature_offsets,
     allowed,
     stride_ff,
+    num_features,
     e,
     E: tl.constexpr,
-    F: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
 ):
     """query + key + features @ feature_weight of a tile. # [BLOCK_M, BLOCK_N, BLOCK_E]"""
     hidden = q[:, None, :] + k[None, :, :]
-    for f in range(F):
-        feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
-        weight = load_vector(feature_weight_ptr + f * E, e, E)
-        hidden += feature[:, :, None] * weight[None, None, :]
+    if HAS_FEATURES:
+        for f in range(0, num_features):
+            feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
+            weight = load_vector(feature_weight_ptr + f * E, e, E)
+            hidden += feature[:, :, None] * weight[None, None, :]
     return hidden
 
 
@@ -128,10 +133,11 @@ def additive_scores_kernel(
     H,
     T,
     S,
+    num_features,
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
     E: tl.constexpr,
-    F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -169,13 +175,14 @@ def additive_scores_kernel(
             q,
             k,
             features_ptr,
-            feature_weight_ptr + h * F * E,
+            feature_weight_ptr + h * num_features * E,
             feature_offsets,
             allowed,
             stride_ff,
+            num_features,
             e,
             E,
-            F,
+            HAS_FEATURES,
         )
         tangent, _ = tanh(hidden)
         sums += tangent * weight[None, None, :]
@@ -239,7 +246,9 @@ def additive_context_kernel(
     for start in range(0, S, BLOCK_N):
         s = start + offs_n
         exist = (t < T)[:, None] & (s < S)[None, :]
-        scores = tl.load(scores_ptr + rows[:, None] * S + s[None, :], mask=exist, other=-float("inf"))
+        scores = tl.load(
+            scores_ptr + rows[:, None] * S + s[None, :], mask=exist, other=-float("inf")
+        )
         peak = tl.maximum(m_i, tl.max(scores, 1))
         # A row of -inf would give NaN: shift by 0 instead.
         shift = tl.where(peak == float("-inf"), 0.0, peak)
@@ -284,6 +293,7 @@ def weight_gradients(
     stride_vs,
     stride_dt,
     stride_ds,
+    num_columns,
     HAS_CONTEXT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     D: tl.constexpr,
@@ -295,7 +305,7 @@ def weight_gradients(
     gradients = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_CONTEXT:
         seen = seen_keys(shown)
-        for start in range(0, D, BLOCK_D):
+        for start in range(0, num_columns, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             grad_context = tl.load(
                 grad_context_ptr + t.to(tl.int64)[:, None] * stride_ct + d[None, :],
@@ -334,6 +344,7 @@ def additive_score_gradient_kernel(
     H,
     T,
     S,
+    num_columns,
     HAS_CONTEXT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     D: tl.constexpr,
@@ -376,6 +387,7 @@ def additive_score_gradient_kernel(
                 stride_vs,
                 stride_dt,
                 stride_ds,
+                num_columns,
                 HAS_CONTEXT,
                 HAS_WEIGHTS,
                 D,
@@ -480,16 +492,17 @@ def additive_pair_gradient_kernel(
     H,
     T,
     S,
+    num_features,
     splits,
     tiles_per_split,
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
     NEED_QUERY: tl.constexpr,
     NEED_KEY: tl.constexpr,
     NEED_SCORE_WEIGHT: tl.constexpr,
     NEED_FEATURE_WEIGHT: tl.constexpr,
     E: tl.constexpr,
-    F: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -520,7 +533,7 @@ def additive_pair_gradient_kernel(
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     features_ptr += b * stride_fb + h * stride_fh
-    feature_weight_ptr += h * F * E
+    feature_weight_ptr += h * num_features * E
     grad_scores_ptr += b * stride_db + h * stride_dh
     grad_q_ptr += (split.to(tl.int64) * heads + head) * T * E
     grad_k_ptr += head.to(tl.int64) * S * E
@@ -549,9 +562,10 @@ def additive_pair_gradient_kernel(
                 feature_offsets,
                 allowed,
                 stride_ff,
+                num_features,
                 e,
                 E,
-                F,
+                HAS_FEATURES,
             )
             grad_scores = tl.load(
                 grad_scores_ptr + t64 * stride_dt + s64 * stride_ds, mask=allowed, other=0.0
@@ -563,7 +577,7 @@ def additive_pair_gradient_kernel(
             if NEED_KEY:
                 key_sums += tl.sum(gradient, 0)
             if NEED_FEATURE_WEIGHT:
-                for f in range(F):
+                for f in range(0, num_features):
                     feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
                     sums = tl.sum(tl.sum(gradient * feature[:, :, None], 1), 0)
                     feature_sums += tl.where((offs_f == f)[:, None], sums[None, :], 0.0)
@@ -586,9 +600,9 @@ def additive_pair_gradient_kernel(
         tl.store(grad_score_weight_ptr + row * E + e, weight_sums, mask=e < E)
     if NEED_FEATURE_WEIGHT:
         tl.store(
-            grad_feature_weight_ptr + (row * F + offs_f)[:, None] * E + e[None, :],
+            grad_feature_weight_ptr + (row * num_features + offs_f)[:, None] * E + e[None, :],
             feature_sums * weight[None, :],
-            mask=(offs_f < F)[:, None] & (e < E)[None, :],
+            mask=(offs_f < num_features)[:, None] & (e < E)[None, :],
         )
 
 
@@ -625,10 +639,11 @@ def additive_feature_gradient_kernel(
     H,
     T,
     S,
+    num_features,
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
     E: tl.constexpr,
-    F: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -653,7 +668,7 @@ def additive_feature_gradient_kernel(
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     features_ptr += b * stride_fb + h * stride_fh
-    feature_weight_ptr += h * F * E
+    feature_weight_ptr += h * num_features * E
     t64 = t.to(tl.int64)[:, None]
     s64 = s.to(tl.int64)[None, :]
     feature_offsets = t64 * stride_ft + s64 * stride_fs
@@ -674,15 +689,16 @@ def additive_feature_gradient_kernel(
             feature_offsets,
             allowed,
             stride_ff,
+            num_features,
             e,
             E,
-            F,
+            HAS_FEATURES,
         )
         tangent, _ = tanh(hidden)
         slope = weight[None, None, :] * (1.0 - tangent * tangent)
         feature_weight = tl.load(
             feature_weight_ptr + offs_f[None, :] * E + e[:, None],
-            mask=(offs_f < F)[None, :] & (e < E)[:, None],
+            mask=(offs_f < num_features)[None, :] & (e < E)[:, None],
             other=0.0,
         ).to(tl.float32)
         sums += tl.dot(
@@ -697,16 +713,14 @@ def additive_feature_gradient_kernel(
     rows = (head.to(tl.int64) * T + t)[:, None] * S + s[None, :]
     exist = (t < T)[:, None] & (s < S)[None, :]
     tl.store(
-        grad_features_ptr + rows[:, :, None] * F + offs_f[None, None, :],
+        grad_features_ptr + rows[:, :, None] * num_features + offs_f[None, None, :],
         gradients.to(grad_features_ptr.dtype.element_ty),
-        mask=exist[:, :, None] & (offs_f < F)[None, None, :],
+        mask=exist[:, :, None] & (offs_f < num_features)[None, None, :],
     )
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
-def additive_query_gradient_kernel(
-    partial_ptr, grad_q_ptr, elements, splits, BLOCK: tl.constexpr
-):
+def additive_query_gradient_kernel(partial_ptr, grad_q_ptr, elements, splits, BLOCK: tl.constexpr):
     """Sums of fp32 ``[splits, elements]`` over the splits, in their order."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
