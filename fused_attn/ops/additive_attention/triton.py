@@ -67,7 +67,7 @@ def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
     S, value = inputs.key.size(2), inputs.value
     if weights.numel() == 0:
         return context.zero_(), weights
-    pairs, tile = _pairs(inputs), _tile(T, E)
+    pairs, tile = _pairs(inputs), _score_tile(T, E)
     scores = weights if value is None else torch.empty_like(weights)
     with device_guard(weights):
         programs = B * H * ceil_div(T, tile.BLOCK_M) * ceil_div(S, tile.BLOCK_N)
@@ -87,17 +87,18 @@ def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
         if value is not None:
             value = _contiguous_columns(value)
             products = _products(value, T)
-            column_tiles = _column_tiles(products)
+            column_tiles, unit = _column_tiles(products), _unit(value)
             programs = B * H * ceil_div(T, products["BLOCK_M"]) * column_tiles
             additive_context_kernel[(programs,)](
                 scores,
                 value,
                 weights,
                 context,
-                *value.stride()[:3],
+                *_in_units(unit, value),
                 H,
                 T,
                 S,
+                STRIDE_UNIT=unit,
                 COLUMN_TILES=column_tiles,
                 **products,
             )
@@ -149,16 +150,17 @@ def _value_gradient(
     assert weights is not None  # a call with values has kept them
     B, H, T, S = weights.shape
     products = _products(grad_value)
-    column_tiles = _column_tiles(products)
+    column_tiles, unit = _column_tiles(products), _unit(grad_context)
     programs = B * H * ceil_div(S, products["BLOCK_N"]) * column_tiles
     additive_value_gradient_kernel[(programs,)](
         weights.contiguous(),
         grad_context,
         grad_value,
-        *grad_context.stride()[:3],
+        *_in_units(unit, grad_context),
         H,
         T,
         S,
+        STRIDE_UNIT=unit,
         COLUMN_TILES=column_tiles,
         **products,
     )
@@ -177,6 +179,7 @@ def _score_gradient(
     weights, value = weights.contiguous(), _contiguous_columns(value)
     grad_scores = torch.empty_like(weights)
     products = _products(value, T)
+    unit = _unit(value) if grad_context is None else _unit(value, grad_context)
     additive_score_gradient_kernel[(B * H * ceil_div(T, products["BLOCK_M"]),)](
         weights,
         value,
@@ -184,8 +187,8 @@ def _score_gradient(
         value if grad_context is None else grad_context,
         weights if grad_weights is None else grad_weights,
         grad_scores,
-        *value.stride()[:3],
-        *((0, 0, 0) if grad_context is None else grad_context.stride()[:3]),
+        *_in_units(unit, value),
+        *((0, 0, 0) if grad_context is None else _in_units(unit, grad_context)),
         *((0, 0, 0, 0) if grad_weights is None else grad_weights.stride()),
         H,
         T,
@@ -193,6 +196,7 @@ def _score_gradient(
         value.size(3),
         HAS_CONTEXT=grad_context is not None and value.size(3) > 0,
         HAS_WEIGHTS=grad_weights is not None,
+        STRIDE_UNIT=unit,
         **products,
     )
     return grad_scores
@@ -209,7 +213,7 @@ def _pair_gradients(
     from .triton_kernels import additive_pair_gradient_kernel, additive_query_gradient_kernel
 
     B, H, T, E = inputs.query.shape
-    S, pairs, tile = inputs.key.size(2), _pairs(inputs), _tile(T, E)
+    S, pairs, tile = inputs.key.size(2), _pairs(inputs), _gradient_tile(T, E)
     slices = B * H * ceil_div(E, tile.BLOCK_E)
     splits, tiles_per_split = _split(
         ceil_div(S, tile.BLOCK_N), slices, multiprocessor_count(grad_scores)
@@ -260,7 +264,7 @@ def _feature_gradient(inputs: AdditiveInputs, grad_scores: Tensor, grad_features
     from .triton_kernels import additive_feature_gradient_kernel
 
     B, H, T, E = inputs.query.shape
-    S, pairs, tile = inputs.key.size(2), _pairs(inputs), _tile(T, E)
+    S, pairs, tile = inputs.key.size(2), _pairs(inputs), _gradient_tile(T, E)
     programs = B * H * ceil_div(T, tile.BLOCK_M) * ceil_div(S, tile.BLOCK_N)
     additive_feature_gradient_kernel[(programs,)](
         *pairs.tensors,
@@ -281,13 +285,26 @@ def _feature_gradient(inputs: AdditiveInputs, grad_scores: Tensor, grad_features
     )
 
 
-def _tile(queries: int, E: int) -> Tile:
-    """Of kernels that make tangents: the same for any number of queries but one."""
+def _score_tile(queries: int, E: int) -> Tile:
+    """Small, so that a step of decoding has many programs."""
     if target().architecture == "interpreter":
-        # It takes its time for every operation, whatever its size.
-        return Tile(1 if queries == 1 else 16, 32, min(max(next_power_of_2(E), 16), 128))
+        return _interpreted_tile(queries, E)
+    lanes = target().warp_size
+    columns = min(max(next_power_of_2(E), lanes), 4 * lanes)
+    return Tile(1 if queries == 1 else 2, 4, columns)
+
+
+def _gradient_tile(queries: int, E: int) -> Tile:
+    """Of few components, since other programs take the others."""
+    if target().architecture == "interpreter":
+        return _interpreted_tile(queries, E)
     lanes = target().warp_size
     return Tile(1, 32, lanes) if queries == 1 else Tile(4, 8, lanes)
+
+
+def _interpreted_tile(queries: int, E: int) -> Tile:
+    """Large: the interpreter takes its time for every operation, whatever its size."""
+    return Tile(1 if queries == 1 else 16, 32, min(max(next_power_of_2(E), 16), 128))
 
 
 def _products(rows: Tensor, queries: int = _PRODUCT_ROWS) -> dict[str, int]:
@@ -336,9 +353,10 @@ def _pairs(inputs: AdditiveInputs) -> Pairs:
         query if mask is None else mask,
         contiguous(inputs.key_lengths),
     )
+    unit = _unit(query, key)
     strides = (
-        *query.stride()[:3],
-        *key.stride()[:3],
+        *_in_units(unit, query),
+        *_in_units(unit, key),
         *((0,) * 5 if features is None else features.stride()),
         *((0,) * 4 if mask is None else mask.stride()),
     )
@@ -346,9 +364,20 @@ def _pairs(inputs: AdditiveInputs) -> Pairs:
         "HAS_MASK": mask is not None,
         "HAS_LENGTHS": inputs.key_lengths is not None,
         "HAS_FEATURES": F > 0,
+        "STRIDE_UNIT": unit,
         "E": E,
     }
     return Pairs(tensors, strides, F, flags)
+
+
+def _unit(*tensors: Tensor) -> int:
+    """16 where it divides the strides of all rows, else 1."""
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    return 16 if all(stride % 16 == 0 for stride in strides) else 1
+
+
+def _in_units(unit: int, tensor: Tensor) -> tuple[int, ...]:
+    return tuple(stride // unit for stride in tensor.stride()[:3])
 
 
 def _contiguous_columns(tensor: Tensor) -> Tensor:

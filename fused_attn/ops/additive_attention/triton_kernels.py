@@ -4,8 +4,9 @@ What is made of pairs of a query and a key has tiles of BLOCK_M queries, BLOCK_N
 components, which lie in the lanes of a program's one warp: sums over queries and over keys stay
 within a lane, and a sum over components is carried out once, after the last of them.
 
-Lengths, batches and strides are numbers that nothing is compiled for. So are those of features and of
-columns, since the compiler would unroll their loops until it runs out of registers.
+Lengths, batches and strides are numbers that nothing is compiled for; those of rows are in units of
+STRIDE_UNIT elements, so that the compiler knows how far they are aligned. Nor is anything compiled
+for the numbers of features and columns: it would unroll their loops until it runs out of registers.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _NUMBERS = (
     "elements",
     *(f"stride_q{i}" for i in "bht"),
     *(f"stride_k{i}" for i in "bhs"),
+    *(f"stride_v{i}" for i in "bhs"),
+    *(f"stride_c{i}" for i in "bht"),
     *(f"stride_f{i}" for i in "bhtsf"),
     *(f"stride_m{i}" for i in "bhts"),
     *(f"stride_d{i}" for i in "bhts"),
@@ -60,18 +63,23 @@ def seen_keys(allowed):
 
 
 @triton.jit
-def load_vector(pointer, e, E: tl.constexpr):
-    """Components e of a vector in fp32; 0 beyond it. # [BLOCK_E]"""
-    return tl.load(pointer + e, mask=e < E, other=0.0).to(tl.float32)
+def load_vector(pointer, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """These columns of a vector in fp32; 0 beyond it. # [BLOCK]"""
+    if WIDTH % BLOCK == 0:
+        vector = tl.load(pointer + columns)
+    else:
+        vector = tl.load(pointer + columns, mask=columns < WIDTH, other=0.0)
+    return vector.to(tl.float32)
 
 
 @triton.jit
-def load_rows(pointer, rows, exist, stride, e, E: tl.constexpr):
-    """Components e of rows in fp32; 0 where there is none. # [rows, BLOCK_E]"""
-    offsets = rows.to(tl.int64)[:, None] * stride + e[None, :]
-    return tl.load(pointer + offsets, mask=exist[:, None] & (e < E)[None, :], other=0.0).to(
-        tl.float32
-    )
+def load_rows(pointer, rows, exist, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """These columns of rows; 0 where there is no row or column. # [rows, BLOCK]"""
+    mask = exist[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (columns < WIDTH)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(pointer + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -87,13 +95,14 @@ def hidden_pairs(
     e,
     E: tl.constexpr,
     HAS_FEATURES: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     """query + key + features @ feature_weight of a tile. # [BLOCK_M, BLOCK_N, BLOCK_E]"""
     hidden = q[:, None, :] + k[None, :, :]
     if HAS_FEATURES:
         for f in range(0, num_features):
             feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
-            weight = load_vector(feature_weight_ptr + f * E, e, E)
+            weight = load_vector(feature_weight_ptr + f * E, e, E, BLOCK_E)
             hidden += feature[:, :, None] * weight[None, None, :]
     return hidden
 
@@ -137,6 +146,7 @@ def additive_scores_kernel(
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_FEATURES: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -158,19 +168,19 @@ def additive_scores_kernel(
     mask_ptr += b * stride_mb + h * stride_mh
     allowed = allowed_pairs(mask_ptr, t, s, T, length, stride_mt, stride_ms, HAS_MASK)
     seen = seen_keys(allowed)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
+    q_ptr += (b * stride_qb + h * stride_qh) * STRIDE_UNIT
+    k_ptr += (b * stride_kb + h * stride_kh) * STRIDE_UNIT
     features_ptr += b * stride_fb + h * stride_fh
     feature_offsets = t.to(tl.int64)[:, None] * stride_ft + s.to(tl.int64)[None, :] * stride_fs
     offs_e = tl.arange(0, BLOCK_E)
 
     sums = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_E), tl.float32)
     # Tiles behind a length have no components to go through.
-    for start in range(0, tl.where(pid_n * BLOCK_N < length, E, 0), BLOCK_E):
+    for start in tl.range(0, tl.where(pid_n * BLOCK_N < length, E, 0), BLOCK_E, num_stages=3):
         e = start + offs_e
-        q = load_rows(q_ptr, t, t < T, stride_qt, e, E)
-        k = load_rows(k_ptr, s, seen, stride_ks, e, E)
-        weight = load_vector(score_weight_ptr + h * E, e, E)
+        q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
+        k = load_rows(k_ptr, s, seen, stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
+        weight = load_vector(score_weight_ptr + h * E, e, E, BLOCK_E)
         hidden = hidden_pairs(
             q,
             k,
@@ -183,6 +193,7 @@ def additive_scores_kernel(
             e,
             E,
             HAS_FEATURES,
+            BLOCK_E,
         )
         tangent, _ = tanh(hidden)
         sums += tangent * weight[None, None, :]
@@ -217,6 +228,7 @@ def additive_context_kernel(
     H,
     T,
     S,
+    STRIDE_UNIT: tl.constexpr,
     D: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -239,7 +251,7 @@ def additive_context_kernel(
     rows = head.to(tl.int64) * T + t
     d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
-    v_ptr += b * stride_vb + h * stride_vh
+    v_ptr += (b * stride_vb + h * stride_vh) * STRIDE_UNIT
 
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
@@ -267,11 +279,7 @@ def additive_context_kernel(
         tl.store(weights_ptr + offsets, weights, mask=exist & (pid_d == 0))
         # Values that no query looks at are not read: 0 * NaN would be NaN.
         seen = seen_keys(scores != float("-inf"))
-        v = tl.load(
-            v_ptr + s.to(tl.int64)[:, None] * stride_vs + d[None, :],
-            mask=seen[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
+        v = load_rows(v_ptr, s, seen, stride_vs * STRIDE_UNIT, d, D, BLOCK_D)
         acc += product(weights.to(v.dtype), v, BLOCK_M)
     tl.store(
         context_ptr + rows[:, None] * D + d[None, :],
@@ -296,6 +304,7 @@ def weight_gradients(
     num_columns,
     HAS_CONTEXT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -307,16 +316,10 @@ def weight_gradients(
         seen = seen_keys(shown)
         for start in range(0, num_columns, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
-            grad_context = tl.load(
-                grad_context_ptr + t.to(tl.int64)[:, None] * stride_ct + d[None, :],
-                mask=(t < T)[:, None] & (d < D)[None, :],
-                other=0.0,
+            grad_context = load_rows(
+                grad_context_ptr, t, t < T, stride_ct * STRIDE_UNIT, d, D, BLOCK_D
             )
-            v = tl.load(
-                v_ptr + s.to(tl.int64)[:, None] * stride_vs + d[None, :],
-                mask=seen[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
+            v = load_rows(v_ptr, s, seen, stride_vs * STRIDE_UNIT, d, D, BLOCK_D)
             gradients += product(grad_context, tl.trans(v), BLOCK_M)
     if HAS_WEIGHTS:
         offsets = t.to(tl.int64)[:, None] * stride_dt + s.to(tl.int64)[None, :] * stride_ds
@@ -347,6 +350,7 @@ def additive_score_gradient_kernel(
     num_columns,
     HAS_CONTEXT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -363,8 +367,8 @@ def additive_score_gradient_kernel(
     t = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = head.to(tl.int64) * T + t
     offs_n = tl.arange(0, BLOCK_N)
-    v_ptr += b * stride_vb + h * stride_vh
-    grad_context_ptr += b * stride_cb + h * stride_ch
+    v_ptr += (b * stride_vb + h * stride_vh) * STRIDE_UNIT
+    grad_context_ptr += (b * stride_cb + h * stride_ch) * STRIDE_UNIT
     grad_weights_ptr += b * stride_db + h * stride_dh
 
     delta = tl.zeros((BLOCK_M,), tl.float32)
@@ -390,6 +394,7 @@ def additive_score_gradient_kernel(
                 num_columns,
                 HAS_CONTEXT,
                 HAS_WEIGHTS,
+                STRIDE_UNIT,
                 D,
                 BLOCK_M,
                 BLOCK_N,
@@ -413,6 +418,7 @@ def additive_value_gradient_kernel(
     H,
     T,
     S,
+    STRIDE_UNIT: tl.constexpr,
     D: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -430,7 +436,7 @@ def additive_value_gradient_kernel(
 
     s = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    grad_context_ptr += b * stride_cb + h * stride_ch
+    grad_context_ptr += (b * stride_cb + h * stride_ch) * STRIDE_UNIT
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, T, BLOCK_M):
         t = start + tl.arange(0, BLOCK_M)
@@ -440,11 +446,7 @@ def additive_value_gradient_kernel(
             mask=(t < T)[:, None] & (s < S)[None, :],
             other=0.0,
         )
-        grad_context = tl.load(
-            grad_context_ptr + t.to(tl.int64)[:, None] * stride_ct + d[None, :],
-            mask=(t < T)[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
+        grad_context = load_rows(grad_context_ptr, t, t < T, stride_ct * STRIDE_UNIT, d, D, BLOCK_D)
         acc += tl.dot(
             tl.trans(weights.to(grad_context.dtype)), grad_context, input_precision="ieee"
         )
@@ -502,6 +504,7 @@ def additive_pair_gradient_kernel(
     NEED_KEY: tl.constexpr,
     NEED_SCORE_WEIGHT: tl.constexpr,
     NEED_FEATURE_WEIGHT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     E: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -530,14 +533,14 @@ def additive_pair_gradient_kernel(
     offs_f = tl.arange(0, BLOCK_F)
     length = key_length(lengths_ptr, b, S, HAS_LENGTHS)
     mask_ptr += b * stride_mb + h * stride_mh
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
+    q_ptr += (b * stride_qb + h * stride_qh) * STRIDE_UNIT
+    k_ptr += (b * stride_kb + h * stride_kh) * STRIDE_UNIT
     features_ptr += b * stride_fb + h * stride_fh
     feature_weight_ptr += h * num_features * E
     grad_scores_ptr += b * stride_db + h * stride_dh
     grad_q_ptr += (split.to(tl.int64) * heads + head) * T * E
     grad_k_ptr += head.to(tl.int64) * S * E
-    weight = load_vector(score_weight_ptr + h * E, e, E)
+    weight = load_vector(score_weight_ptr + h * E, e, E, BLOCK_E)
     weight_sums = tl.zeros((BLOCK_E,), tl.float32)
     feature_sums = tl.zeros((BLOCK_F, BLOCK_E), tl.float32)
 
@@ -549,8 +552,10 @@ def additive_pair_gradient_kernel(
         for m0 in range(0, T, BLOCK_M):
             t = m0 + offs_m
             allowed = allowed_pairs(mask_ptr, t, s, T, length, stride_mt, stride_ms, HAS_MASK)
-            q = load_rows(q_ptr, t, t < T, stride_qt, e, E)
-            k = load_rows(k_ptr, s, seen_keys(allowed), stride_ks, e, E)
+            q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
+            k = load_rows(k_ptr, s, seen_keys(allowed), stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(
+                tl.float32
+            )
             t64 = t.to(tl.int64)[:, None]
             s64 = s.to(tl.int64)[None, :]
             feature_offsets = t64 * stride_ft + s64 * stride_fs
@@ -566,6 +571,7 @@ def additive_pair_gradient_kernel(
                 e,
                 E,
                 HAS_FEATURES,
+                BLOCK_E,
             )
             grad_scores = tl.load(
                 grad_scores_ptr + t64 * stride_dt + s64 * stride_ds, mask=allowed, other=0.0
@@ -643,6 +649,7 @@ def additive_feature_gradient_kernel(
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_FEATURES: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     E: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -665,8 +672,8 @@ def additive_feature_gradient_kernel(
     mask_ptr += b * stride_mb + h * stride_mh
     allowed = allowed_pairs(mask_ptr, t, s, T, length, stride_mt, stride_ms, HAS_MASK)
     seen = seen_keys(allowed)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
+    q_ptr += (b * stride_qb + h * stride_qh) * STRIDE_UNIT
+    k_ptr += (b * stride_kb + h * stride_kh) * STRIDE_UNIT
     features_ptr += b * stride_fb + h * stride_fh
     feature_weight_ptr += h * num_features * E
     t64 = t.to(tl.int64)[:, None]
@@ -676,11 +683,11 @@ def additive_feature_gradient_kernel(
     offs_f = tl.arange(0, BLOCK_F)
 
     sums = tl.zeros((BLOCK_M * BLOCK_N, BLOCK_F), tl.float32)
-    for start in range(0, tl.where(pid_n * BLOCK_N < length, E, 0), BLOCK_E):
+    for start in tl.range(0, tl.where(pid_n * BLOCK_N < length, E, 0), BLOCK_E, num_stages=3):
         e = start + offs_e
-        q = load_rows(q_ptr, t, t < T, stride_qt, e, E)
-        k = load_rows(k_ptr, s, seen, stride_ks, e, E)
-        weight = load_vector(score_weight_ptr + h * E, e, E)
+        q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
+        k = load_rows(k_ptr, s, seen, stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
+        weight = load_vector(score_weight_ptr + h * E, e, E, BLOCK_E)
         hidden = hidden_pairs(
             q,
             k,
@@ -693,6 +700,7 @@ def additive_feature_gradient_kernel(
             e,
             E,
             HAS_FEATURES,
+            BLOCK_E,
         )
         tangent, _ = tanh(hidden)
         slope = weight[None, None, :] * (1.0 - tangent * tangent)
