@@ -284,6 +284,53 @@ def _launch_beam_search(
     )
 
 
+def _launch_additive_attention(
+    dtype: str,
+    E: int = 512,
+    D: int = 512,
+    F: int = 0,
+    T: int = 64,
+    fp32_parameters: bool = True,
+    masked: bool = True,
+    scores: bool = False,
+) -> None:
+    """Forward and backward of ``additive_attention`` on a GPU of 132 multiprocessors.
+
+    Every differentiable tensor needs a gradient; ``scores`` is ``additive_scores``.
+    """
+    import torch
+
+    from fused_attn.ops.additive_attention import triton as backend
+    from fused_attn.ops.additive_attention.contract import AdditiveInputs
+
+    floating = getattr(torch, dtype)
+    parameters = torch.float32 if fp32_parameters else floating
+
+    def empty(*shape: int, kind: torch.dtype = floating) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    B, H, S = 8, 1, 96
+    inputs = AdditiveInputs(
+        query=empty(B, H, T, E),
+        key=empty(B, H, S, E),
+        value=None if scores else empty(B, H, S, D),
+        score_weight=empty(H, E, kind=parameters),
+        features=empty(B, H, T, S, F) if F > 0 else None,
+        feature_weight=empty(H, F, E, kind=parameters) if F > 0 else None,
+        mask=empty(B, 1, 1, S, kind=torch.bool) if masked else None,
+        key_lengths=empty(B, kind=torch.int64) if masked else None,
+    )
+    backend.multiprocessor_count = lambda _: 132
+    context, weights = backend.forward(inputs)
+    backend.backward(
+        None if scores else context,
+        weights,
+        inputs,
+        None if scores else weights,
+        [True, True, not scores, True, F > 0, F > 0],
+    )
+
+
 def _launch_attention(
     dtype: str,
     head_size: int,
@@ -390,6 +437,7 @@ def _launch_recurrent_cell(
 
 
 LAUNCHERS = {
+    "additive_attention": _launch_additive_attention,
     "add_layer_norm": _launch_add_layer_norm,
     "attention": _launch_attention,
     "beam_search": _launch_beam_search,
