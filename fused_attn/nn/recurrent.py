@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fused_attn.ops import recurrent_cell, recurrent_layer
 from fused_attn.ops.recurrent_cell import layer_is_fused
 
+from ._onednn_linear import onednn_linear
 from ._packed_sequence import PackedBatch
 
 RecurrentState = tuple[Tensor, ...]
@@ -115,11 +116,11 @@ class RecurrentLayers(nn.RNNBase):
             TypeError: ``lengths`` has a wrong dtype.
             ValueError: Shapes disagree, or a length is out of range.
         """
-        return self.forward_with(self._input_product, x, lengths, state)
+        return self.forward_with(None, x, lengths, state)
 
     def forward_with(
         self,
-        input_product: InputProduct,
+        input_product: InputProduct | None,
         x: Tensor,
         lengths: Tensor | None,
         state: RecurrentState | None,
@@ -130,7 +131,7 @@ class RecurrentLayers(nn.RNNBase):
 
         Args:
             input_product: From a layer's number, whether it is the reverse direction and rows
-                ``[N, in]`` to their gates ``[N, G H]``, without ``bias_hh``.
+                ``[N, in]`` to their gates ``[N, G H]``, without ``bias_hh``. None: the layers' own.
             x: As of :meth:`forward`, like the others.
             lengths: See there.
             state: See there.
@@ -145,12 +146,20 @@ class RecurrentLayers(nn.RNNBase):
         final: RecurrentState
         if data.size(0) == 0:
             data, final = data.new_zeros(0, self.output_size), before
-        elif layer_is_fused(data) and not torch.is_autocast_enabled(data.device.type):
-            data, final = self._run_fused(input_product, batch, data, before)
+        elif self._takes_fused(batch, data) or (input_product and layer_is_fused(data)):
+            product = input_product or self._input_product
+            data, final = self._run_fused(product, batch, data, before)
         else:
             data, final = self._run_torch(batch, data, before)
         finals = tuple(batch.unsort(new, s) for new, s in zip(final, state, strict=True))
         return batch.unpack(data), finals
+
+    def _takes_fused(self, batch: PackedBatch, data: Tensor) -> bool:
+        """Whether ``recurrent_layer`` is the faster way."""
+        # An LSTM over steps of one length is a single operation of oneDNN's.
+        single = self.kind == "lstm" and batch.positions is None
+        autocast = torch.is_autocast_enabled(data.device.type)
+        return layer_is_fused(data) and not single and not autocast
 
     def _run_torch(
         self, batch: PackedBatch, data: Tensor, state: RecurrentState
@@ -163,17 +172,15 @@ class RecurrentLayers(nn.RNNBase):
             "tanh": torch.rnn_tanh,
             "relu": torch.rnn_relu,
         }
-        output, *final = functions[self.kind](
-            data,
-            batch.batch_sizes,
-            state if self.kind == "lstm" else state[0],
-            self._flat_weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-        )
+        hx = state if self.kind == "lstm" else state[0]
+        options = (self._flat_weights, self.bias, self.num_layers, self.dropout, self.training)
+        function = functions[self.kind]
+        if batch.positions is None:
+            # All of one length: kernels that need not look at lengths.
+            steps = data.view(batch.batch_sizes.numel(), -1, data.size(-1))
+            output, *final = function(steps, hx, *options, self.bidirectional, False)
+            return output.reshape(-1, output.size(-1)), tuple(final)
+        output, *final = function(data, batch.batch_sizes, hx, *options, self.bidirectional)
         return output, tuple(final)
 
     def _run_fused(
@@ -205,7 +212,7 @@ class RecurrentLayers(nn.RNNBase):
 
     def _input_product(self, layer: int, reverse: bool, rows: Tensor) -> Tensor:
         weight_ih, _, bias_ih, _ = self.parameters_of(layer, reverse)
-        return F.linear(rows, weight_ih, bias_ih)
+        return onednn_linear(rows, weight_ih, bias_ih)
 
     def input_gates(self, x: Tensor, first_column: int = 0) -> Tensor:
         """What some columns of the input contribute to the gates of the first layer.
