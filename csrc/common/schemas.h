@@ -27,6 +27,14 @@ inline void define_operators(torch::Library& m) {
       "Tensor? edit_tokens, Tensor? edit_factors, Tensor? edit_offsets, Tensor? forced_tokens, "
       "Tensor? shortlist) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "copy_distribution_forward(Tensor logits, Tensor copy, Tensor source_tokens, Tensor? gate, "
+      "Tensor? source_lengths, Tensor? targets, int extended_size, int ignore_index) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "copy_distribution_backward(Tensor grad_output, Tensor logits, Tensor copy, "
+      "Tensor source_tokens, Tensor? gate, Tensor? source_lengths, Tensor? targets, "
+      "Tensor lse, int ignore_index) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, "
       "Tensor? ancestry, Tensor? mask, Tensor? alibi_slopes, bool is_causal, int window, "
       "float scale, float softcap) -> (Tensor, Tensor)");

@@ -1,8 +1,10 @@
 """Whole sequence-to-sequence models."""
 
 from .config import TransformerConfig
-from .rnn_config import RNN_PRESETS, RNNSeq2SeqConfig
-from .rnn_seq2seq import DecoderOutputs, RNNSeq2Seq
+from .rnn_config import RNNSeq2SeqConfig
+from .rnn_network import DecoderOutputs
+from .rnn_presets import RNN_PRESETS
+from .rnn_seq2seq import RNNSeq2Seq
 from .transformer import Transformer
 from .transformer_quantized import QuantizedTransformer, quantize
 

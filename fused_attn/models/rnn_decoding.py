@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_attn.nn import packed as layers
+
 from .rnn_config import RNNSeq2SeqConfig
+from .rnn_network import RNNNetwork
+from .rnn_packed import PackedRows, pack, packing_reason
 from .rnn_state import RNNState
+from .transformer_packed import Fingerprint
 
 _NAME = "RNNSeq2Seq"
 
 
-class Program(Protocol):
-    """The arithmetic of generation with one set of weights."""
-
-    def begin(self, source: Tensor, source_lengths: Tensor, beam_size: int) -> dict[str, Any]:
-        """Read sources: what ``RNNState`` takes besides the program and the beam size."""
-        ...
-
-    def advance(self, tokens: Tensor, state: RNNState) -> Tensor:
-        """Logits ``[B, K, V]`` after tokens ``[B, K]``; changes the state."""
-        ...
-
-
-class RNNDecoding:
+class RNNDecoding(RNNNetwork):
     """``start``, ``step``, ``reorder`` and what else a search calls.
 
     See ``fused_attn.generation.Decoder``.
     """
 
-    config: RNNSeq2SeqConfig
+    # The packed copy of the weights with what it was made of; no module, so in no state dict.
+    _packed: tuple[Fingerprint, RNNDecoding] | None = None
 
     @property
     def bos_token(self) -> int:
@@ -55,9 +49,6 @@ class RNNDecoding:
         They neither wait for the device nor change shapes, but for ``reorder`` with ``sentences``.
         """
         return True
-
-    def _program(self) -> Program:
-        raise NotImplementedError
 
     @torch.no_grad()
     def start(self, source: Tensor, source_lengths: Tensor, beam_size: int) -> RNNState:
@@ -131,6 +122,69 @@ class RNNDecoding:
         """
         return state
 
+    # --- the arithmetic ---------------------------------------------------------------------
+
+    def begin(self, source: Tensor, source_lengths: Tensor, beam_size: int) -> dict[str, Any]:
+        """Read sources for generation."""
+        reading = self._read(source, source_lengths)
+        beginning = reading.beginning
+        return {
+            "carried": self.decoder.carry(beginning, beam_size),
+            "memory": beginning.memory,
+            "source_lengths": source_lengths,
+            "lengths": reading.lengths,
+            "context": beginning.context,
+            "keys": reading.keys,
+            "tokens": reading.tokens,
+            "table": reading.table,
+        }
+
+    def advance(self, tokens: Tensor, state: RNNState) -> Tensor:
+        """One step of generation."""
+        if state.table is not None:
+            # A target that has no continuation goes on with any token.
+            tokens = tokens.clamp(max=state.table.size(1) - 1)
+        x = self._embed(tokens, state)
+        decoded, carried = self.decoder.step(
+            self.decoder.inputs(x, state.context), state.carried(), state.memory
+        )
+        outputs = self._finish(decoded, x, state)
+        state.advance(carried, self._looked(outputs, state))
+        return self._predict(outputs, state)
+
+    def _program(self) -> RNNDecoding:
+        if self.training:
+            raise RuntimeError(
+                f"{_NAME}: generation needs the model in evaluation mode (model.eval()), got "
+                "training mode"
+            )
+        if not _packs(self):
+            self._packed = None
+            return self
+        if self._packed is None or not self._packed[0].holds():
+            self._packed = None  # before its successor needs the memory
+            twin = pack(self)
+            if twin.output_projection is None:
+                twin.output_projection = PackedRows(self.target_embedding.weight, None)
+            self._packed = Fingerprint(self), twin
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the packed copy, which is made again where it is needed."""
+        state = self.__dict__.copy()
+        state.pop("_packed", None)
+        return state
+
+
+def _packs(model: RNNDecoding) -> bool:
+    """Whether ``start`` computes with packed weights."""
+    return (
+        layers.packing_unavailable_reason() == ""
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and packing_reason(model) == ""
+    )
+
 
 def check_looks(config: RNNSeq2SeqConfig) -> None:
     """Raise ValueError where a model looks at no position of its source."""
@@ -141,7 +195,7 @@ def check_looks(config: RNNSeq2SeqConfig) -> None:
         )
 
 
-def spread(weights: Tensor, source_lengths: Tensor | None, reduction: int) -> Tensor:
+def spread(weights: Tensor, source_lengths: Tensor, reduction: int) -> Tensor:
     """From weights ``[B, T, S']`` of what the encoder sees to those of frames.
 
     Returns:
@@ -151,8 +205,6 @@ def spread(weights: Tensor, source_lengths: Tensor | None, reduction: int) -> Te
     if reduction == 1:
         return weights
     frames = weights.repeat_interleave(reduction, dim=2)
-    if source_lengths is None:
-        return frames / reduction
     index = torch.arange(frames.size(2), device=weights.device)
     first = index - index % reduction
     shared_by = (source_lengths[:, None] - first).clamp(min=1, max=reduction)  # [B, S]

@@ -20,6 +20,7 @@ OPS = (
     "attention",
     "beam_search",
     "bias_activation_dropout",
+    "copy_distribution",
     "decode_attention",
     "recurrent_cell",
 )

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .._backend import describe_tensor, resolve
 from .._check import INTEGERS, check_device, check_dtype, check_floating, check_tensor
-from . import reference
+from . import cpu, reference
 from .contract import copy_distribution_fused
 from .reference import copy_distribution_reference, copy_nll_reference
 
-BACKENDS = {"reference": reference}
+BACKENDS = {"cpu": cpu, "reference": reference}
 
 
 def copy_distribution(

@@ -1,10 +1,11 @@
 """Schemas, fakes and autograd of ``copy_distribution`` and ``copy_nll``, one pair for both.
 
 Without ``targets`` the output is ``log_probs``, ``[..., extended_size]``, with them ``nll``,
-``[...]``; both fp32. Residuals of every forward: the inputs, the output, and ``lse``, ``[...]``
-fp32: the natural logarithm of the sum that normalises a row, over the logits where there is a gate,
-else over logits and copy scores; +inf where all of them are -inf, so that none has a share. From
-these a backward has the softmax, and of each copied word the share that was generated.
+``[...]``; both fp32. Residuals of every forward: the inputs and ``lse``, ``[...]`` fp32, the
+natural logarithm of the sum that normalises a row: over the logits where there is a gate, else over
+logits and copy scores; +inf where all of them are -inf, so that none has a share; 0 where the
+target is ``ignore_index``. From these a backward has the softmax, and makes again what the few
+words of a source are.
 
 The gradients of ``copy`` and ``gate`` leave the backends in fp32; that of a gate that is not there
 is an empty tensor.
@@ -27,8 +28,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "copy_distribution_backward(Tensor grad_output, Tensor logits, Tensor copy, "
-    "Tensor source_tokens, Tensor? gate, Tensor? source_lengths, Tensor? targets, Tensor output, "
-    "Tensor lse, int ignore_index, str backend) "
+    "Tensor source_tokens, Tensor? gate, Tensor? source_lengths, Tensor? targets, Tensor lse, "
+    "int ignore_index, str backend) "
     "-> (Tensor grad_logits, Tensor grad_copy, Tensor grad_gate)"
 )
 
@@ -61,7 +62,6 @@ def _backward(
     gate: Tensor | None,
     source_lengths: Tensor | None,
     targets: Tensor | None,
-    output: Tensor,
     lse: Tensor,
     ignore_index: int,
     backend: str,
@@ -74,7 +74,6 @@ def _backward(
         gate,
         source_lengths,
         targets,
-        output,
         lse,
         ignore_index,
     )
@@ -113,7 +112,6 @@ def _backward_fake(
     gate: Tensor | None,
     source_lengths: Tensor | None,
     targets: Tensor | None,
-    output: Tensor,
     lse: Tensor,
     ignore_index: int,
     backend: str,
@@ -127,15 +125,13 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     logits, copy, source_tokens, gate, source_lengths, targets, _, ignore_index, backend = inputs
-    ctx.save_for_backward(
-        logits, copy, source_tokens, gate, source_lengths, targets, output[0], output[1]
-    )
+    ctx.save_for_backward(logits, copy, source_tokens, gate, source_lengths, targets, output[1])
     ctx.ignore_index = ignore_index
     ctx.backend = backend
 
 
 def _autograd(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, copy, source_tokens, gate, source_lengths, targets, output, lse = ctx.saved_tensors
+    logits, copy, source_tokens, gate, source_lengths, targets, lse = ctx.saved_tensors
     grad_logits, grad_copy, grad_gate = torch.ops.fused_attn.copy_distribution_backward(
         grad_output,
         logits,
@@ -144,7 +140,6 @@ def _autograd(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor |
         gate,
         source_lengths,
         targets,
-        output,
         lse,
         ctx.ignore_index,
         ctx.backend,

@@ -113,9 +113,9 @@ def _parts(
 def _terms(parts: _Parts, largest: Tensor) -> Tensor:
     """Probabilities of copying each position over e^largest.
 
-    The exponential is also the gradient of the weight, and so that of a weight of 0 may overflow.
+    The exponential is also the gradient of the weight, and that of a weight of 0 might overflow.
     """
-    limit = math.log(torch.finfo(largest.dtype).max)
+    limit = math.log(torch.finfo(largest.dtype).max) - 1.0
     return parts.weight * (parts.log_scale - largest).clamp(max=limit).exp()
 
 
