@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fused_attn.nn import RecurrentAttention, RecurrentLayers
 from fused_attn.nn import packed as layers
-from fused_attn.ops import recurrent_cell
+from fused_attn.nn._packed_sequence import PackedBatch
+from fused_attn.ops import recurrent_cell, recurrent_layer
 
 from .rnn_decoder import Bridge, RNNDecoder
 from .rnn_encoder import FrontEnd, RecurrentState, RNNEncoder
@@ -36,83 +37,99 @@ class PackedRows(nn.Module):
         return rows.view(*x.shape[:-1], -1)
 
 
-class PackedRecurrence(nn.Module):
-    """``RecurrentLayers`` with packed weights, without dropout.
+class PackedReader(nn.Module):
+    """``RecurrentLayers`` that read whole sequences, with packed weights.
+
+    The recurrent weights are packed by ``recurrent_layer``, in each call.
 
     Args:
         module: The layers.
-        steps: Whether they go step by step, where input and state of a layer are one product.
     """
 
-    def __init__(self, module: RecurrentLayers, steps: bool) -> None:
+    def __init__(self, module: RecurrentLayers) -> None:
         super().__init__()
         self.kind, self.hidden_size = module.kind, module.hidden_size
-        self.num_layers = module.num_layers
-        self.directions = 2 if module.bidirectional else 1
-        # In a GRU the two products do not just add up.
-        self._joins = steps and self.kind != "gru"
-        self._cells: list[tuple[PackedRows, PackedRows | None]] = []
-        for layer in range(self.num_layers):
-            for suffix in (f"_l{layer}", f"_l{layer}_reverse")[: self.directions]:
-                weight_ih, weight_hh, bias_ih, bias_hh = (
-                    getattr(module, name + suffix).detach()
-                    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-                )
-                if self._joins:
-                    weight = torch.cat([weight_ih, weight_hh], dim=1)
-                    self._cells.append((PackedRows(weight, bias_ih + bias_hh), None))
-                else:
-                    from_input = PackedRows(weight_ih, bias_ih)
-                    self._cells.append((from_input, PackedRows(weight_hh, bias_hh)))
+        suffixes = ("", "_reverse") if module.bidirectional else ("",)
+        self._layers: list[list[tuple[PackedRows, Tensor, Tensor]]] = []
+        for layer in range(module.num_layers):
+            directions = []
+            for suffix in suffixes:
+                weight_ih, weight_hh, bias_ih, bias_hh = _weights(module, f"_l{layer}{suffix}")
+                directions.append((PackedRows(weight_ih, bias_ih), weight_hh, bias_hh))
+            self._layers.append(directions)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, RecurrentState]:
         """Read ``[B, T, I]``; see ``RecurrentLayers``."""
-        B, T, _ = x.shape
-        is_inside = torch.ones(B, T, dtype=torch.bool, device=x.device)
-        if lengths is not None:
-            is_inside = torch.arange(T, device=x.device) < lengths[:, None]
+        batch = PackedBatch.of(x, lengths)
+        data = batch.pack(x)
+        zeros = x.new_zeros(1, x.size(0), self.hidden_size)
+        first = batch.sort(zeros)[0]
         ends: list[RecurrentState] = []
-        for layer in range(self.num_layers):
-            outputs = x.new_zeros(B, T, self.directions, self.hidden_size)
-            for direction in range(self.directions):
-                from_input, from_hidden = self._cells[layer * self.directions + direction]
-                assert from_hidden is not None
-                gates = from_input(x)
-                state = self._zeros(B, x)
-                steps = range(T) if direction == 0 else range(T - 1, -1, -1)
-                for t in steps:
-                    new = self._cell(gates[:, t], from_hidden(state[0]), state)
-                    now = is_inside[:, t, None]
-                    outputs[:, t, direction] = new[0].masked_fill(~now, 0.0)
-                    state = tuple(torch.where(now, a, b) for a, b in zip(new, state, strict=True))
-                ends.append(state)
-            x = outputs.flatten(2)
-        return x, tuple(torch.stack(parts) for parts in zip(*ends, strict=True))
+        for directions in self._layers:
+            outputs = []
+            for (from_input, weight, bias), reverse in zip(directions, (False, True), strict=False):
+                output, *end = recurrent_layer(
+                    from_input(data),
+                    batch.batch_sizes,
+                    first,
+                    first,
+                    weight,
+                    bias,
+                    kind=self.kind,
+                    reverse=reverse,
+                )
+                outputs.append(output)
+                ends.append(tuple(end if self.kind == "lstm" else end[:1]))
+            data = torch.cat(outputs, dim=1)
+        states = (torch.stack(parts) for parts in zip(*ends, strict=True))
+        initial = zeros.expand(len(ends), -1, -1)
+        return batch.unpack(data), tuple(batch.unsort(state, initial) for state in states)
+
+
+class PackedWriter(nn.Module):
+    """``RecurrentLayers`` that go step by step, with packed weights.
+
+    Args:
+        module: The layers, of one direction.
+    """
+
+    def __init__(self, module: RecurrentLayers) -> None:
+        super().__init__()
+        self.kind = module.kind
+        self._layers: list[tuple[PackedRows, PackedRows | None]] = []
+        for layer in range(module.num_layers):
+            weight_ih, weight_hh, bias_ih, bias_hh = _weights(module, f"_l{layer}")
+            if self.kind == "gru":
+                products = PackedRows(weight_ih, bias_ih), PackedRows(weight_hh, bias_hh)
+                self._layers.append(products)
+            else:  # of [input; state]: elsewhere the two products just add up
+                weight = torch.cat([weight_ih, weight_hh], dim=1)
+                self._layers.append((PackedRows(weight, bias_ih + bias_hh), None))
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         """One step ``[N, I]``; see ``RecurrentLayers``."""
         news: list[RecurrentState] = []
-        for layer, (first, second) in enumerate(self._cells):
-            before = tuple(part[layer] for part in state)
+        for layer, (first, second) in enumerate(self._layers):
+            hidden, *cell = (part[layer] for part in state)
             if second is None:
-                gates = first(torch.cat([x, before[0]], dim=1))
-                new = self._cell(gates, gates.new_zeros(1).expand_as(gates), before)
+                from_input = first(torch.cat([x, hidden], dim=1))
+                from_hidden = from_input.new_zeros(1).expand_as(from_input)
             else:
-                new = self._cell(first(x), second(before[0]), before)
-            news.append(new)
+                from_input, from_hidden = first(x), second(hidden)
+            new = recurrent_cell(
+                from_input, from_hidden, hidden, cell[0] if cell else None, kind=self.kind
+            )
+            news.append(new[: len(state)])
             x = new[0]
         return x, tuple(torch.stack(parts) for parts in zip(*news, strict=True))
 
-    def _cell(self, from_input: Tensor, from_hidden: Tensor, state: RecurrentState) -> Any:
-        hidden, *cell = state
-        new = recurrent_cell(
-            from_input, from_hidden, hidden, cell[0] if cell else None, kind=self.kind
-        )
-        return new[: len(state)]
 
-    def _zeros(self, B: int, like: Tensor) -> RecurrentState:
-        parts = 2 if self.kind == "lstm" else 1
-        return tuple(like.new_zeros(B, self.hidden_size) for _ in range(parts))
+def _weights(module: RecurrentLayers, suffix: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight_ih, weight_hh, bias_ih, bias_hh = (
+        getattr(module, name + suffix).detach()
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
+    return weight_ih, weight_hh, bias_ih, bias_hh
 
 
 def packing_reason(model: nn.Module) -> str:
@@ -149,7 +166,8 @@ def pack(module: Module) -> Module:
         if isinstance(child, nn.Linear):
             children[name] = PackedRows(child.weight, child.bias)
         elif isinstance(child, RecurrentLayers):
-            children[name] = PackedRecurrence(child, steps=isinstance(module, RNNDecoder))
+            packed = PackedWriter if isinstance(module, RNNDecoder) else PackedReader
+            children[name] = packed(child)
         else:
             children[name] = pack(child)
     twin.__dict__["_modules"] = {**module._modules, **children}
