@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from fused_attn.generation import BeamSearch, beam_search
 from fused_attn.models import RNNSeq2Seq, RNNSeq2SeqConfig
+from fused_attn.training.checkpoint import Vocabularies
 from fused_attn.training.config import TrainingConfig
 from fused_attn.training.data import TokenBatches
 from fused_attn.training.errors import CheckpointError, DataError
@@ -17,6 +19,7 @@ from fused_attn.training.features import (
 from fused_attn.training.kinds import model_fields
 from fused_attn.training.loop import Trainer
 from fused_attn.training.text import BOS, EOS, Vocabulary
+from fused_attn.training.translator import Translation, Translator
 
 
 def sequences(*lengths: int) -> FeatureSequences:
@@ -156,3 +159,41 @@ def test_sentences_for_frames_are_checked(tmp_path) -> None:
     FeatureSequences(np.zeros((0, 3)), np.zeros(0, int)).save(tmp_path / "a.npz")
     with pytest.raises(DataError, match=r"text: the file has no line"):
         read_feature_text(tmp_path / "a.npz", tmp_path / "text")
+
+
+def test_frames_are_translated_in_order_and_those_that_cannot_be_are_named() -> None:
+    letters = Vocabulary.train(["abcde"], 20, model_type="char", leading_space=False)
+    torch.manual_seed(0)
+    config = RNNSeq2SeqConfig(
+        target_vocab_size=len(letters),
+        source_features=3,
+        time_reduction=2,
+        embedding_size=8,
+        hidden_size=8,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        max_length=12,
+    )
+    model = RNNSeq2Seq(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    translator = Translator(model, Vocabularies(letters, letters), batch_size=2)
+    assert translator.source_features == 3
+    strategy = BeamSearch(beam_size=2)
+    sources = [*sequences(5, 2, 9, 3, 12, 7)]
+    alone = []
+    for frames in sources:
+        [[best]] = beam_search(model, torch.from_numpy(frames)[None], beam_size=2)
+        alone += letters.decode([best.tokens])
+    assert len(set(alone)) > 2
+    assert translator.translate(sources, strategy=strategy) == alone
+    bad = [np.zeros((0, 3), np.float32), np.zeros((13, 3)), np.zeros((2, 4)), np.zeros(3)]
+    found = list(translator.translate_each([*bad, *sources], strategy=strategy))
+    assert [each.text for each in found[4:]] == alone
+    assert found[0] == Translation()
+    assert [each.error for each in found[1:4]] == [
+        "the source has 13 frames, over the model's limit of 12",
+        "the source must have shape [S, F] with F = 3, got [2, 4]",
+        "the source must have shape [S, F] with F = 3, got [3]",
+    ]
