@@ -99,33 +99,38 @@ def test_sources_leave_and_are_replaced(variant: Any) -> None:
     queries = draw(2, 4, B, K, Q)
     memory = module.read(source, LENGTHS)
     state = module.initial(memory, K)
-    _, _, state = module.step(queries[0], memory, state)
+    # What stands in each row: a source, and the queries that each of its targets has had.
+    rows = [(source[b, : LENGTHS[b]], [[] for _ in range(K)]) for b in range(B)]
+
+    def step(t: int) -> AttentionState:
+        context, weights, after = module.step(queries[t, : len(rows)], memory, state)
+        for row, (present, histories) in enumerate(rows):
+            for k in range(K):
+                histories[k] = [*histories[k], queries[t, row, k]]
+                expected, expected_weights = alone(module, torch.stack(histories[k]), present)
+                torch.testing.assert_close(context[row, k], expected[-1])
+                torch.testing.assert_close(weights[row, k, : len(present)], expected_weights[-1])
+                assert not weights[row, k, len(present) :].any()
+        return after
+
+    state = step(0)
     # Source 2, of length 0, leaves; the others change places, and so do their targets.
-    kept = torch.tensor([1, 0])
-    parents = torch.tensor([[2, 2, 0], [1, 0, 2]])
+    kept, parents = torch.tensor([1, 0]), torch.tensor([[2, 2, 0], [1, 0, 2]])
     assert memory.select(kept) is memory
-    state.select(parents, kept)
-    context, _, state = module.step(queries[1, :2], memory, state)
-    for i, b in enumerate(kept.tolist()):
-        for k in range(K):
-            whole = torch.stack([queries[0, b, parents[i, k]], queries[1, i, k]])
-            expected, _ = alone(module, whole, source[b, : LENGTHS[b]])
-            torch.testing.assert_close(context[i, k], expected[-1])
+    assert state.select(parents, kept) is state
+    rows = [
+        (rows[b][0], [rows[b][1][k] for k in beams])
+        for b, beams in zip(kept.tolist(), parents.tolist(), strict=True)
+    ]
+    state = step(1)
     # A longer source takes the first place, then a shorter one the second.
     for row, length, new in ((0, S + 2, others[:1]), (1, 2, others[1:2, :4])):
         other = module.read(new, torch.tensor([length]))
-        rows = torch.tensor([row])
-        assert memory.replace(rows, other) is memory
-        assert state.replace(rows, module.initial(other, K)) is state
+        assert memory.replace(torch.tensor([row]), other) is memory
+        assert state.replace(torch.tensor([row]), module.initial(other, K)) is state
         assert memory.key.size(2) == memory.value.size(2) == S + 2
-        context, weights, state = module.step(queries[2 + row, :2], memory, state)
-        for k in range(K):
-            expected, expected_weights = alone(
-                module, queries[2 + row, row, k][None], new[0, :length]
-            )
-            torch.testing.assert_close(context[row, k], expected[0])
-            torch.testing.assert_close(weights[row, k, :length], expected_weights[0])
-            assert not weights[row, k, length:].any()
+        rows[row] = (new[0, :length], [[] for _ in range(K)])
+        state = step(2 + row)
     # What stood there is gone.
     assert not memory.value[1, :, 4:].any()
     assert not memory.key[1, :, 4:].any()
