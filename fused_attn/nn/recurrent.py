@@ -12,10 +12,13 @@ from torch.nn import functional as F
 from fused_attn.ops import recurrent_cell, recurrent_layer
 from fused_attn.ops.recurrent_cell import layer_is_fused
 
+from ._onednn_linear import onednn_linear
 from ._packed_sequence import PackedBatch
 
 RecurrentState = tuple[Tensor, ...]
 """``(hidden,)``, for an LSTM ``(hidden, cell)``; each ``[layers * directions, B, H]``."""
+
+InputProduct = Callable[[int, bool, Tensor], Tensor]
 
 _MODES = {"lstm": "LSTM", "gru": "GRU", "tanh": "RNN_TANH", "relu": "RNN_RELU"}
 
@@ -113,24 +116,55 @@ class RecurrentLayers(nn.RNNBase):
             TypeError: ``lengths`` has a wrong dtype.
             ValueError: Shapes disagree, or a length is out of range.
         """
+        return self.forward_with(None, x, lengths, state)
+
+    def forward_with(
+        self,
+        input_product: InputProduct | None,
+        x: Tensor,
+        lengths: Tensor | None,
+        state: RecurrentState | None,
+    ) -> tuple[Tensor, RecurrentState]:
+        """:meth:`forward` with the products of the inputs left to the caller.
+
+        Where no fused layer takes the call, PyTorch's own functions run it, products included.
+
+        Args:
+            input_product: From a layer's number, whether it is the reverse direction and rows
+                ``[N, in]`` to their gates ``[N, G H]``, without ``bias_hh``. None: the layers' own.
+            x: As of :meth:`forward`, like the others.
+            lengths: See there.
+            state: See there.
+        """
         self._check_input(x, 3, "[B, T, input_size]")
         B = x.size(0)
         if state is None:
             state = self.initial_state(B, x)
         self._check_state(state, B)
         batch = PackedBatch.of(x, lengths)
-        data, final = self._run(batch, batch.pack(x), tuple(batch.sort(s) for s in state))
+        data, before = batch.pack(x), tuple(batch.sort(s) for s in state)
+        final: RecurrentState
+        if data.size(0) == 0:
+            data, final = data.new_zeros(0, self.output_size), before
+        elif self._takes_fused(batch, data) or (input_product and layer_is_fused(data)):
+            product = input_product or self._input_product
+            data, final = self._run_fused(product, batch, data, before)
+        else:
+            data, final = self._run_torch(batch, data, before)
         finals = tuple(batch.unsort(new, s) for new, s in zip(final, state, strict=True))
         return batch.unpack(data), finals
 
-    def _run(
+    def _takes_fused(self, batch: PackedBatch, data: Tensor) -> bool:
+        """Whether ``recurrent_layer`` is the faster way."""
+        # An LSTM over steps of one length is a single operation of oneDNN's.
+        single = self.kind == "lstm" and batch.positions is None
+        autocast = torch.is_autocast_enabled(data.device.type)
+        return layer_is_fused(data) and not single and not autocast
+
+    def _run_torch(
         self, batch: PackedBatch, data: Tensor, state: RecurrentState
     ) -> tuple[Tensor, RecurrentState]:
         """Output of the last layer and final states of packed inputs ``[N, input_size]``."""
-        if data.size(0) == 0:
-            return data.new_zeros(0, self.output_size), state
-        if layer_is_fused(data) and not torch.is_autocast_enabled(data.device.type):
-            return self._run_fused(batch, data, state)
         self._update_flat_weights()
         functions: dict[str, Callable[..., Any]] = {
             "lstm": torch.lstm,
@@ -138,32 +172,31 @@ class RecurrentLayers(nn.RNNBase):
             "tanh": torch.rnn_tanh,
             "relu": torch.rnn_relu,
         }
-        output, *final = functions[self.kind](
-            data,
-            batch.batch_sizes,
-            state if self.kind == "lstm" else state[0],
-            self._flat_weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-        )
+        hx = state if self.kind == "lstm" else state[0]
+        options = (self._flat_weights, self.bias, self.num_layers, self.dropout, self.training)
+        function = functions[self.kind]
+        if batch.positions is None:
+            # All of one length: kernels that need not look at lengths.
+            steps = data.view(batch.batch_sizes.numel(), -1, data.size(-1))
+            output, *final = function(steps, hx, *options, self.bidirectional, False)
+            return output.reshape(-1, output.size(-1)), tuple(final)
+        output, *final = function(data, batch.batch_sizes, hx, *options, self.bidirectional)
         return output, tuple(final)
 
     def _run_fused(
-        self, batch: PackedBatch, data: Tensor, state: RecurrentState
+        self, input_product: InputProduct, batch: PackedBatch, data: Tensor, state: RecurrentState
     ) -> tuple[Tensor, RecurrentState]:
+        """The same, by ``recurrent_layer``."""
         finals: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
             if layer > 0:
                 data = F.dropout(data, self.dropout, self.training)
             outputs = []
             for reverse in (False, True)[: self._directions]:
-                weight_ih, weight_hh, bias_ih, bias_hh = self._parameters_of(layer, reverse)
+                _, weight_hh, _, bias_hh = self.parameters_of(layer, reverse)
                 index = layer * self._directions + reverse
                 output, *final = recurrent_layer(
-                    F.linear(data, weight_ih, bias_ih),
+                    input_product(layer, reverse, data),
                     batch.batch_sizes,
                     state[0][index],
                     state[1][index] if self.kind == "lstm" else None,
@@ -177,6 +210,10 @@ class RecurrentLayers(nn.RNNBase):
             data = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
         return data, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
+    def _input_product(self, layer: int, reverse: bool, rows: Tensor) -> Tensor:
+        weight_ih, _, bias_ih, _ = self.parameters_of(layer, reverse)
+        return onednn_linear(rows, weight_ih, bias_ih)
+
     def input_gates(self, x: Tensor, first_column: int = 0) -> Tensor:
         """What some columns of the input contribute to the gates of the first layer.
 
@@ -187,7 +224,7 @@ class RecurrentLayers(nn.RNNBase):
         Returns:
             ``[..., G H]``.
         """
-        weight, _, bias, _ = self._parameters_of(0)
+        weight, _, bias, _ = self.parameters_of(0)
         columns = weight[:, first_column : first_column + x.size(-1)]
         return F.linear(x, columns, bias if first_column == 0 else None)
 
@@ -220,7 +257,7 @@ class RecurrentLayers(nn.RNNBase):
         news: list[tuple[Tensor, ...]] = []
         output = x
         for layer in range(self.num_layers):
-            weight_ih, weight_hh, bias_ih, bias_hh = self._parameters_of(layer)
+            weight_ih, weight_hh, bias_ih, bias_hh = self.parameters_of(layer)
             if layer == 0:
                 from_input = first_gates
             else:
@@ -234,7 +271,7 @@ class RecurrentLayers(nn.RNNBase):
             output = new[0]
         return output, tuple(torch.stack(parts) for parts in zip(*news, strict=True))
 
-    def _parameters_of(
+    def parameters_of(
         self, layer: int, reverse: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """``weight_ih``, ``weight_hh``, ``bias_ih`` and ``bias_hh`` of a layer's direction."""

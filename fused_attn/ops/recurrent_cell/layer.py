@@ -149,7 +149,7 @@ def _check(
 
 
 def _check_sizes(sizes: list[int], B: int, N: int) -> None:
-    descends = all(a >= b for a, b in zip([B, *sizes], [*sizes, 1], strict=True))
+    descends = all(a >= b >= 1 for a, b in zip([B, *sizes], sizes, strict=False))
     if not descends or sum(sizes) != N:
         raise ValueError(
             f"{_OP}: batch_sizes must descend from at most {B} sequences (from hidden) to at least "
