@@ -28,7 +28,7 @@ from fused_attn.training.sampling import Sampling
 from fused_attn.training.text import Vocabulary
 from fused_attn.training.translator import Line, Translator
 
-from ._models import add_model_arguments, copies, make_config, make_model, settle_model_arguments
+from ._models import add_model_arguments, copies, make_model, settle_model_arguments
 from ._text import add_device_arguments, positive, reads_frames, select_device
 
 _DEFAULT_EPOCHS = 30
@@ -362,9 +362,7 @@ def _make_model(
     if isinstance(text, FeatureText):
         features = text.source.size
         max_length = max(max_length, 2 * int(text.source.lengths.max()))
-    return make_model(
-        make_config(arguments, vocabularies, source_features=features, max_length=max_length)
-    )
+    return make_model(arguments, vocabularies, source_features=features, max_length=max_length)
 
 
 def _validation(

@@ -76,6 +76,7 @@ def test_training_leaves_a_model_checkpoints_and_a_log(run) -> None:
 def test_any_norm_is_trained_averaged_and_loaded(norm, data, tmp_path, monkeypatch, capfd) -> None:
     """Running statistics are averaged with the parameters."""
     options = [f"--norm={norm}", "--activation=geglu", "--steps=12", "--average=2"]
+    options += ["--sampling=exponential", "--sampling-decay=5"]
     assert train(data, tmp_path, *options) == 0
     states = [
         load_file(path / "model.safetensors") for path in list_checkpoints(tmp_path / "checkpoints")

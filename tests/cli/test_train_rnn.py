@@ -155,6 +155,24 @@ def test_every_form_trains_and_translates(options, data, tmp_path) -> None:
     assert len((tmp_path / "out").read_text().splitlines()) == 20
 
 
+def test_a_preset_gives_defaults(data, tmp_path) -> None:
+    options = ["--preset=see2017", "--cell=gru", "--no-input-feeding", "--steps=1"]
+    assert train(data, tmp_path, *options) == 0
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["model"]
+    expected = {
+        "output": "pointer_generator",  # the preset's
+        "coverage": True,
+        "bridge": "linear",
+        "extra_tokens": 100,
+        "bidirectional": True,
+        "cell": "gru",  # the command line's
+        "input_feeding": False,
+        "hidden_size": 16,
+        "attention_heads": 1,  # nobody's
+    }
+    assert {name: config[name] for name in expected} == expected
+
+
 def test_a_pointer_network_puts_words_in_order(tmp_path, capfd) -> None:
     lines = ["b a c", "c a", "zork b a"]
     (tmp_path / "src").write_text("".join(f"{line}\n" for line in lines))
@@ -197,6 +215,7 @@ def test_frames_are_trained_and_translated(data, tmp_path, capsys) -> None:
     [
         (("--model=rnn", "--d-model=8"), "--d-model needs --model transformer, got rnn"),
         (("--model=rnn", "--norm-first"), "--norm-first needs --model transformer, got rnn"),
+        (("--preset=see2017",), "--preset needs --model rnn, got transformer"),
         (("--cell=gru",), "--cell needs --model rnn, got transformer"),
         (("--coverage",), "--coverage needs --model rnn, got transformer"),
         (("--guided-attention=1",), "--guided-attention needs --model rnn, got transformer"),

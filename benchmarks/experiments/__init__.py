@@ -1,0 +1,1 @@
+"""Experiments on generated tasks, and pictures of attention; see docs/experiments.md."""
