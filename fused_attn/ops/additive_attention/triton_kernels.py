@@ -14,7 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import tanh
+from .._triton_kernels import LOG2E, tanh
+
+# Below it |query| and |key| are moderate: the square of e^(2 (8 + 8)) is finite in fp32, and exp2
+# is right to a few units in the last place.
+_MOST = tl.constexpr(8.0)
 
 # Compiled once for all their values: every batch has others.
 _NUMBERS = (
@@ -83,7 +87,48 @@ def load_rows(pointer, rows, exist, stride, columns, WIDTH: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def hidden_pairs(
+def exponentials(x):
+    """e^2x, and e^2x - 1 without its cancellation near 0."""
+    y = 2.0 * x
+    e = tl.math.exp2(x * (2.0 * LOG2E))
+    # The Taylor series of (e^y - 1) / y.
+    p = 1.3888888889e-3 * y + 8.3333333333e-3
+    p = p * y + 4.1666666667e-2
+    p = p * y + 1.6666666667e-1
+    p = p * y + 0.5
+    p = p * y + 1.0
+    return e, tl.where(tl.abs(y) < 0.25, p * y, e - 1.0)
+
+
+@triton.jit
+def tangents(q, k):
+    """tanh(q + k) of all pairs. # [BLOCK_M, BLOCK_N, BLOCK_E]
+
+    Where q and k are moderate it is made of e^2q and e^2k, which a row needs once, in two thirds of
+    the instructions.
+    """
+    most = tl.maximum(tl.max(tl.max(tl.abs(q), 1), 0), tl.max(tl.max(tl.abs(k), 1), 0))
+    if most < _MOST:
+        q_exp, q_less = exponentials(q)
+        k_exp, k_less = exponentials(k)
+        # N = e^2(q + k) - 1 is (e^2q - 1) e^2k + (e^2k - 1), but for a q far below 0, where a large
+        # e^2k would multiply the rounding of the first factor, e^2q e^2k - 1.
+        near = tl.where(q > -0.25, 1.0, 0.0)
+        factor = tl.where(q > -0.25, q_less, q_exp)
+        rest = near[:, None, :] * k_less[None, :, :] + (near - 1.0)[:, None, :]
+        numerator = factor[:, None, :] * k_exp[None, :, :] + rest
+        denominator = numerator + 2.0
+        # A reciprocal by Newton's method, in half of the instructions of a division.
+        guess = tl.math.rsqrt(denominator * denominator)
+        reciprocal = guess * (1.0 - denominator * guess) + guess
+        tangent = numerator * reciprocal
+    else:
+        tangent, _ = tanh(q[:, None, :] + k[None, :, :])
+    return tangent
+
+
+@triton.jit
+def tangents_with_features(
     q,
     k,
     features_ptr,
@@ -94,17 +139,16 @@ def hidden_pairs(
     num_features,
     e,
     E: tl.constexpr,
-    HAS_FEATURES: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """query + key + features @ feature_weight of a tile. # [BLOCK_M, BLOCK_N, BLOCK_E]"""
+    """tanh(q + k + features @ feature_weight) of all pairs."""
     hidden = q[:, None, :] + k[None, :, :]
-    if HAS_FEATURES:
-        for f in range(0, num_features):
-            feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
-            weight = load_vector(feature_weight_ptr + f * E, e, E, BLOCK_E)
-            hidden += feature[:, :, None] * weight[None, None, :]
-    return hidden
+    for f in range(0, num_features):
+        feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
+        weight = load_vector(feature_weight_ptr + f * E, e, E, BLOCK_E)
+        hidden += feature[:, :, None] * weight[None, None, :]
+    tangent, _ = tanh(hidden)
+    return tangent
 
 
 @triton.jit
@@ -181,21 +225,22 @@ def additive_scores_kernel(
         q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         k = load_rows(k_ptr, s, seen, stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         weight = load_vector(score_weight_ptr + h * E, e, E, BLOCK_E)
-        hidden = hidden_pairs(
-            q,
-            k,
-            features_ptr,
-            feature_weight_ptr + h * num_features * E,
-            feature_offsets,
-            allowed,
-            stride_ff,
-            num_features,
-            e,
-            E,
-            HAS_FEATURES,
-            BLOCK_E,
-        )
-        tangent, _ = tanh(hidden)
+        if HAS_FEATURES:
+            tangent = tangents_with_features(
+                q,
+                k,
+                features_ptr,
+                feature_weight_ptr + h * num_features * E,
+                feature_offsets,
+                allowed,
+                stride_ff,
+                num_features,
+                e,
+                E,
+                BLOCK_E,
+            )
+        else:
+            tangent = tangents(q, k)
         sums += tangent * weight[None, None, :]
     scores = tl.where(allowed, tl.sum(sums, 2), float("-inf"))
     rows = head.to(tl.int64) * T + t
@@ -559,24 +604,25 @@ def additive_pair_gradient_kernel(
             t64 = t.to(tl.int64)[:, None]
             s64 = s.to(tl.int64)[None, :]
             feature_offsets = t64 * stride_ft + s64 * stride_fs
-            hidden = hidden_pairs(
-                q,
-                k,
-                features_ptr,
-                feature_weight_ptr,
-                feature_offsets,
-                allowed,
-                stride_ff,
-                num_features,
-                e,
-                E,
-                HAS_FEATURES,
-                BLOCK_E,
-            )
             grad_scores = tl.load(
                 grad_scores_ptr + t64 * stride_dt + s64 * stride_ds, mask=allowed, other=0.0
             )[:, :, None]
-            tangent, _ = tanh(hidden)
+            if HAS_FEATURES:
+                tangent = tangents_with_features(
+                    q,
+                    k,
+                    features_ptr,
+                    feature_weight_ptr,
+                    feature_offsets,
+                    allowed,
+                    stride_ff,
+                    num_features,
+                    e,
+                    E,
+                    BLOCK_E,
+                )
+            else:
+                tangent = tangents(q, k)
             if NEED_SCORE_WEIGHT:
                 weight_sums += tl.sum(tl.sum(tangent * grad_scores, 1), 0)
             gradient = grad_scores * (1.0 - tangent * tangent)
@@ -648,7 +694,6 @@ def additive_feature_gradient_kernel(
     num_features,
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
-    HAS_FEATURES: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     E: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -688,7 +733,7 @@ def additive_feature_gradient_kernel(
         q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         k = load_rows(k_ptr, s, seen, stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         weight = load_vector(score_weight_ptr + h * E, e, E, BLOCK_E)
-        hidden = hidden_pairs(
+        tangent = tangents_with_features(
             q,
             k,
             features_ptr,
@@ -699,10 +744,8 @@ def additive_feature_gradient_kernel(
             num_features,
             e,
             E,
-            HAS_FEATURES,
             BLOCK_E,
         )
-        tangent, _ = tanh(hidden)
         slope = weight[None, None, :] * (1.0 - tangent * tangent)
         feature_weight = tl.load(
             feature_weight_ptr + offs_f[None, :] * E + e[:, None],
