@@ -21,7 +21,7 @@ from .contract import AdditiveInputs, Gradients, empty_gradients, empty_outputs
 
 # Programs of one warp that a multiprocessor should have to hide the time that arithmetic takes.
 _PROGRAMS_PER_MULTIPROCESSOR = 16
-# In tiles that are small for their sake.
+# Queries for which exponentials of rows, which pairs share, do not pay.
 _FEW_QUERIES = 8
 # Slices of the gradient of the query at most, each as large as it is, in fp32.
 _MAX_SPLITS = 32
@@ -69,7 +69,8 @@ def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
     S, value = inputs.key.size(2), inputs.value
     if weights.numel() == 0:
         return context.zero_(), weights
-    pairs, tile = _pairs(inputs), _score_tile(T, E, inputs.features is not None)
+    pairs = _pairs(inputs)
+    tile = _score_tile(T, E, pairs.F)
     scores = weights if value is None else torch.empty_like(weights)
     with device_guard(weights):
         programs = B * H * ceil_div(T, tile.BLOCK_M) * ceil_div(S, tile.BLOCK_N)
@@ -81,7 +82,7 @@ def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
             T,
             S,
             pairs.F,
-            HAS_FEATURES=pairs.F > 0,
+            BY_PAIR=_by_pair(T, pairs.F),
             **pairs.flags,
             **tile._asdict(),
             num_warps=1,
@@ -243,7 +244,7 @@ def _pair_gradients(
         pairs.F,
         splits,
         tiles_per_split,
-        HAS_FEATURES=pairs.F > 0,
+        BY_PAIR=_by_pair(T, pairs.F),
         **pairs.flags,
         NEED_QUERY=grad_query.numel() > 0,
         NEED_KEY=grad_key.numel() > 0,
@@ -289,12 +290,18 @@ def _feature_gradient(inputs: AdditiveInputs, grad_scores: Tensor, grad_features
     )
 
 
-def _score_tile(queries: int, E: int, has_features: bool) -> Tile:
-    """Of one query, a few (beams, in decoding: small, for many programs), or more."""
+def _by_pair(queries: int, features: int) -> bool:
+    """Whether tangents are made each by itself."""
+    few = 2 if target().architecture == "interpreter" else _FEW_QUERIES
+    return features > 0 or queries <= few
+
+
+def _score_tile(queries: int, E: int, features: int) -> Tile:
+    """Large where pairs share exponentials; else small, for many programs in a step of decoding."""
     if target().architecture == "interpreter":
         return _interpreted_tile(queries, E)
     lanes = target().warp_size
-    if queries > _FEW_QUERIES and not has_features:
+    if not _by_pair(queries, features):
         return Tile(8, 8, lanes)
     # A lane converts a feature once for all its components.
     columns = min(max(next_power_of_2(E), lanes), 4 * lanes)

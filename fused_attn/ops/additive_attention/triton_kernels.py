@@ -16,8 +16,8 @@ import triton.language as tl
 
 from .._triton_kernels import LOG2E, tanh
 
-# Below it |query| and |key| are moderate: the square of e^(2 (8 + 8)) is finite in fp32, and exp2
-# is right to a few units in the last place.
+# Below it numbers are moderate: the square of e^(2 (8 + 8)) is finite in fp32, and exp2 is right to
+# a few units in the last place.
 _MOST = tl.constexpr(8.0)
 
 # Compiled once for all their values: every batch has others.
@@ -67,6 +67,18 @@ def seen_keys(allowed):
 
 
 @triton.jit
+def first_key(s, seen, S):
+    """The first key of a tile that is seen; some other if none is."""
+    return tl.min(tl.where(seen, s, S - 1), 0).to(tl.int64)
+
+
+@triton.jit
+def looking_queries(allowed):
+    """The queries of a tile that look at some key of it. # [BLOCK_M]"""
+    return tl.max(allowed.to(tl.int32), 1) != 0
+
+
+@triton.jit
 def load_vector(pointer, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """These columns of a vector in fp32; 0 beyond it. # [BLOCK]"""
     if WIDTH % BLOCK == 0:
@@ -101,20 +113,25 @@ def exponentials(x):
 
 
 @triton.jit
-def tangents(q, k):
-    """tanh(q + k) of all pairs. # [BLOCK_M, BLOCK_N, BLOCK_E]
+def tangents_of_rows(q, k, origin):
+    """tanh(q + k). # [BLOCK_M, BLOCK_N, BLOCK_E]
 
-    Where q and k are moderate it is made of e^2q and e^2k, which a row needs once, in two thirds of
-    the instructions.
+    Where numbers are moderate it is made of e^2q and e^2k, which a row needs once, in two thirds of
+    the instructions. A key of the tile, the origin, goes from the keys to the queries first: then
+    neither is much larger than the sums, which would lose digits to it.
     """
-    most = tl.maximum(tl.max(tl.max(tl.abs(q), 1), 0), tl.max(tl.max(tl.abs(k), 1), 0))
-    if most < _MOST:
-        q_exp, q_less = exponentials(q)
-        k_exp, k_less = exponentials(k)
+    moved_q = q + origin[None, :]
+    moved_k = k - origin[None, :]
+    most = tl.maximum(tl.max(tl.max(tl.abs(moved_q), 1), 0), tl.max(tl.max(tl.abs(moved_k), 1), 0))
+    # A maximum does not see NaN, which would spread from one key to all.
+    infinite = tl.max(tl.where(tl.abs(origin) < float("inf"), 0.0, float("inf")), 0)
+    if tl.maximum(most, infinite) < _MOST:
+        q_exp, q_less = exponentials(moved_q)
+        k_exp, k_less = exponentials(moved_k)
         # N = e^2(q + k) - 1 is (e^2q - 1) e^2k + (e^2k - 1), but for a q far below 0, where a large
         # e^2k would multiply the rounding of the first factor, e^2q e^2k - 1.
-        near = tl.where(q > -0.25, 1.0, 0.0)
-        factor = tl.where(q > -0.25, q_less, q_exp)
+        near = tl.where(moved_q > -0.25, 1.0, 0.0)
+        factor = tl.where(moved_q > -0.25, q_less, q_exp)
         rest = near[:, None, :] * k_less[None, :, :] + (near - 1.0)[:, None, :]
         numerator = factor[:, None, :] * k_exp[None, :, :] + rest
         denominator = numerator + 2.0
@@ -128,7 +145,7 @@ def tangents(q, k):
 
 
 @triton.jit
-def tangents_with_features(
+def tangents_of_pairs(
     q,
     k,
     features_ptr,
@@ -141,7 +158,7 @@ def tangents_with_features(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """tanh(q + k + features @ feature_weight) of all pairs."""
+    """tanh(q + k + features @ feature_weight), each by itself; # [BLOCK_M, BLOCK_N, BLOCK_E]"""
     hidden = q[:, None, :] + k[None, :, :]
     for f in range(0, num_features):
         feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
@@ -189,7 +206,7 @@ def additive_scores_kernel(
     num_features,
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
-    HAS_FEATURES: tl.constexpr,
+    BY_PAIR: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -212,6 +229,8 @@ def additive_scores_kernel(
     mask_ptr += b * stride_mb + h * stride_mh
     allowed = allowed_pairs(mask_ptr, t, s, T, length, stride_mt, stride_ms, HAS_MASK)
     seen = seen_keys(allowed)
+    first = first_key(s, seen, S)
+    looking = looking_queries(allowed)
     q_ptr += (b * stride_qb + h * stride_qh) * STRIDE_UNIT
     k_ptr += (b * stride_kb + h * stride_kh) * STRIDE_UNIT
     features_ptr += b * stride_fb + h * stride_fh
@@ -222,11 +241,11 @@ def additive_scores_kernel(
     # Tiles behind a length have no components to go through.
     for start in tl.range(0, tl.where(pid_n * BLOCK_N < length, E, 0), BLOCK_E, num_stages=3):
         e = start + offs_e
-        q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
+        q = load_rows(q_ptr, t, looking, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         k = load_rows(k_ptr, s, seen, stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         weight = load_vector(score_weight_ptr + h * E, e, E, BLOCK_E)
-        if HAS_FEATURES:
-            tangent = tangents_with_features(
+        if BY_PAIR:
+            tangent = tangents_of_pairs(
                 q,
                 k,
                 features_ptr,
@@ -240,7 +259,8 @@ def additive_scores_kernel(
                 BLOCK_E,
             )
         else:
-            tangent = tangents(q, k)
+            origin = load_vector(k_ptr + first * stride_ks * STRIDE_UNIT, e, E, BLOCK_E)
+            tangent = tangents_of_rows(q, k, origin)
         sums += tangent * weight[None, None, :]
     scores = tl.where(allowed, tl.sum(sums, 2), float("-inf"))
     rows = head.to(tl.int64) * T + t
@@ -544,7 +564,7 @@ def additive_pair_gradient_kernel(
     tiles_per_split,
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
-    HAS_FEATURES: tl.constexpr,
+    BY_PAIR: tl.constexpr,
     NEED_QUERY: tl.constexpr,
     NEED_KEY: tl.constexpr,
     NEED_SCORE_WEIGHT: tl.constexpr,
@@ -589,26 +609,27 @@ def additive_pair_gradient_kernel(
     weight_sums = tl.zeros((BLOCK_E,), tl.float32)
     feature_sums = tl.zeros((BLOCK_F, BLOCK_E), tl.float32)
 
-    first = split * tiles_per_split * BLOCK_N
-    last = tl.minimum(first + tiles_per_split * BLOCK_N, S)
-    for n0 in range(first, last, BLOCK_N):
+    begin = split * tiles_per_split * BLOCK_N
+    end = tl.minimum(begin + tiles_per_split * BLOCK_N, S)
+    for n0 in range(begin, end, BLOCK_N):
         s = n0 + offs_n
         key_sums = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         for m0 in range(0, T, BLOCK_M):
             t = m0 + offs_m
             allowed = allowed_pairs(mask_ptr, t, s, T, length, stride_mt, stride_ms, HAS_MASK)
-            q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
-            k = load_rows(k_ptr, s, seen_keys(allowed), stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(
-                tl.float32
-            )
+            seen = seen_keys(allowed)
+            q = load_rows(
+                q_ptr, t, looking_queries(allowed), stride_qt * STRIDE_UNIT, e, E, BLOCK_E
+            ).to(tl.float32)
+            k = load_rows(k_ptr, s, seen, stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
             t64 = t.to(tl.int64)[:, None]
             s64 = s.to(tl.int64)[None, :]
             feature_offsets = t64 * stride_ft + s64 * stride_fs
             grad_scores = tl.load(
                 grad_scores_ptr + t64 * stride_dt + s64 * stride_ds, mask=allowed, other=0.0
             )[:, :, None]
-            if HAS_FEATURES:
-                tangent = tangents_with_features(
+            if BY_PAIR:
+                tangent = tangents_of_pairs(
                     q,
                     k,
                     features_ptr,
@@ -622,7 +643,9 @@ def additive_pair_gradient_kernel(
                     BLOCK_E,
                 )
             else:
-                tangent = tangents(q, k)
+                first = first_key(s, seen, S)
+                origin = load_vector(k_ptr + first * stride_ks * STRIDE_UNIT, e, E, BLOCK_E)
+                tangent = tangents_of_rows(q, k, origin)
             if NEED_SCORE_WEIGHT:
                 weight_sums += tl.sum(tl.sum(tangent * grad_scores, 1), 0)
             gradient = grad_scores * (1.0 - tangent * tangent)
@@ -636,7 +659,7 @@ def additive_pair_gradient_kernel(
             if NEED_QUERY:
                 pointers = grad_q_ptr + t64 * E + e[None, :]
                 mask = (t < T)[:, None] & (e < E)[None, :]
-                before = tl.load(pointers, mask=mask & (n0 > first), other=0.0)
+                before = tl.load(pointers, mask=mask & (n0 > begin), other=0.0)
                 tl.store(pointers, before + tl.sum(gradient, 1) * weight[None, :], mask=mask)
         if NEED_KEY:
             tl.store(
@@ -717,6 +740,7 @@ def additive_feature_gradient_kernel(
     mask_ptr += b * stride_mb + h * stride_mh
     allowed = allowed_pairs(mask_ptr, t, s, T, length, stride_mt, stride_ms, HAS_MASK)
     seen = seen_keys(allowed)
+    looking = looking_queries(allowed)
     q_ptr += (b * stride_qb + h * stride_qh) * STRIDE_UNIT
     k_ptr += (b * stride_kb + h * stride_kh) * STRIDE_UNIT
     features_ptr += b * stride_fb + h * stride_fh
@@ -730,10 +754,10 @@ def additive_feature_gradient_kernel(
     sums = tl.zeros((BLOCK_M * BLOCK_N, BLOCK_F), tl.float32)
     for start in tl.range(0, tl.where(pid_n * BLOCK_N < length, E, 0), BLOCK_E, num_stages=3):
         e = start + offs_e
-        q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
+        q = load_rows(q_ptr, t, looking, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         k = load_rows(k_ptr, s, seen, stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         weight = load_vector(score_weight_ptr + h * E, e, E, BLOCK_E)
-        tangent = tangents_with_features(
+        tangent = tangents_of_pairs(
             q,
             k,
             features_ptr,
