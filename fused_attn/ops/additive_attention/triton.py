@@ -21,6 +21,8 @@ from .contract import AdditiveInputs, Gradients, empty_gradients, empty_outputs
 
 # Programs of one warp that a multiprocessor should have to hide the time that arithmetic takes.
 _PROGRAMS_PER_MULTIPROCESSOR = 16
+# Queries for which exponentials of rows, which pairs share, do not pay.
+_FEW_QUERIES = 8
 # Slices of the gradient of the query at most, each as large as it is, in fp32.
 _MAX_SPLITS = 32
 # Tiles of matrix products: queries, and bytes of keys and of columns of values.
@@ -67,7 +69,8 @@ def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
     S, value = inputs.key.size(2), inputs.value
     if weights.numel() == 0:
         return context.zero_(), weights
-    pairs, tile = _pairs(inputs), _score_tile(T, E)
+    pairs = _pairs(inputs)
+    tile = _score_tile(T, E, pairs.F)
     scores = weights if value is None else torch.empty_like(weights)
     with device_guard(weights):
         programs = B * H * ceil_div(T, tile.BLOCK_M) * ceil_div(S, tile.BLOCK_N)
@@ -79,6 +82,7 @@ def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
             T,
             S,
             pairs.F,
+            BY_PAIR=_by_pair(T, pairs.F),
             **pairs.flags,
             **tile._asdict(),
             num_warps=1,
@@ -240,6 +244,7 @@ def _pair_gradients(
         pairs.F,
         splits,
         tiles_per_split,
+        BY_PAIR=_by_pair(T, pairs.F),
         **pairs.flags,
         NEED_QUERY=grad_query.numel() > 0,
         NEED_KEY=grad_key.numel() > 0,
@@ -285,11 +290,20 @@ def _feature_gradient(inputs: AdditiveInputs, grad_scores: Tensor, grad_features
     )
 
 
-def _score_tile(queries: int, E: int) -> Tile:
-    """Small, so that a step of decoding has many programs."""
+def _by_pair(queries: int, features: int) -> bool:
+    """Whether tangents are made each by itself."""
+    few = 2 if target().architecture == "interpreter" else _FEW_QUERIES
+    return features > 0 or queries <= few
+
+
+def _score_tile(queries: int, E: int, features: int) -> Tile:
+    """Large where pairs share exponentials; else small, for many programs in a step of decoding."""
     if target().architecture == "interpreter":
         return _interpreted_tile(queries, E)
     lanes = target().warp_size
+    if not _by_pair(queries, features):
+        return Tile(8, 8, lanes)
+    # A lane converts a feature once for all its components.
     columns = min(max(next_power_of_2(E), lanes), 4 * lanes)
     return Tile(1 if queries == 1 else 2, 4, columns)
 
@@ -317,7 +331,7 @@ def _products(rows: Tensor, queries: int = _PRODUCT_ROWS) -> dict[str, int]:
         "BLOCK_M": 1 if queries == 1 else _PRODUCT_ROWS,
         "BLOCK_N": most,
         "BLOCK_D": min(max(next_power_of_2(D), 16), most),
-        "num_warps": 4,
+        "num_warps": 4 if rows.element_size() == 2 else 8,
         **target().register_options(_REGISTERS),
     }
 
@@ -363,7 +377,6 @@ def _pairs(inputs: AdditiveInputs) -> Pairs:
     flags = {
         "HAS_MASK": mask is not None,
         "HAS_LENGTHS": inputs.key_lengths is not None,
-        "HAS_FEATURES": F > 0,
         "STRIDE_UNIT": unit,
         "E": E,
     }

@@ -14,7 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton_kernels import tanh
+from .._triton_kernels import LOG2E, tanh
+
+# Below it numbers are moderate: the square of e^(2 (8 + 8)) is finite in fp32, and exp2 is right to
+# a few units in the last place.
+_MOST = tl.constexpr(8.0)
 
 # Compiled once for all their values: every batch has others.
 _NUMBERS = (
@@ -63,6 +67,18 @@ def seen_keys(allowed):
 
 
 @triton.jit
+def first_key(s, seen, S):
+    """The first key of a tile that is seen; some other if none is."""
+    return tl.min(tl.where(seen, s, S - 1), 0).to(tl.int64)
+
+
+@triton.jit
+def looking_queries(allowed):
+    """The queries of a tile that look at some key of it. # [BLOCK_M]"""
+    return tl.max(allowed.to(tl.int32), 1) != 0
+
+
+@triton.jit
 def load_vector(pointer, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """These columns of a vector in fp32; 0 beyond it. # [BLOCK]"""
     if WIDTH % BLOCK == 0:
@@ -83,7 +99,53 @@ def load_rows(pointer, rows, exist, stride, columns, WIDTH: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def hidden_pairs(
+def exponentials(x):
+    """e^2x, and e^2x - 1 without its cancellation near 0."""
+    y = 2.0 * x
+    e = tl.math.exp2(x * (2.0 * LOG2E))
+    # The Taylor series of (e^y - 1) / y.
+    p = 1.3888888889e-3 * y + 8.3333333333e-3
+    p = p * y + 4.1666666667e-2
+    p = p * y + 1.6666666667e-1
+    p = p * y + 0.5
+    p = p * y + 1.0
+    return e, tl.where(tl.abs(y) < 0.25, p * y, e - 1.0)
+
+
+@triton.jit
+def tangents_of_rows(q, k, origin):
+    """tanh(q + k). # [BLOCK_M, BLOCK_N, BLOCK_E]
+
+    Where numbers are moderate it is made of e^2q and e^2k, which a row needs once, in two thirds of
+    the instructions. A key of the tile, the origin, goes from the keys to the queries first: then
+    neither is much larger than the sums, which would lose digits to it.
+    """
+    moved_q = q + origin[None, :]
+    moved_k = k - origin[None, :]
+    most = tl.maximum(tl.max(tl.max(tl.abs(moved_q), 1), 0), tl.max(tl.max(tl.abs(moved_k), 1), 0))
+    # A maximum does not see NaN, which would spread from one key to all.
+    infinite = tl.max(tl.where(tl.abs(origin) < float("inf"), 0.0, float("inf")), 0)
+    if tl.maximum(most, infinite) < _MOST:
+        q_exp, q_less = exponentials(moved_q)
+        k_exp, k_less = exponentials(moved_k)
+        # N = e^2(q + k) - 1 is (e^2q - 1) e^2k + (e^2k - 1), but for a q far below 0, where a large
+        # e^2k would multiply the rounding of the first factor, e^2q e^2k - 1.
+        near = tl.where(moved_q > -0.25, 1.0, 0.0)
+        factor = tl.where(moved_q > -0.25, q_less, q_exp)
+        rest = near[:, None, :] * k_less[None, :, :] + (near - 1.0)[:, None, :]
+        numerator = factor[:, None, :] * k_exp[None, :, :] + rest
+        denominator = numerator + 2.0
+        # A reciprocal by Newton's method, in half of the instructions of a division.
+        guess = tl.math.rsqrt(denominator * denominator)
+        reciprocal = guess * (1.0 - denominator * guess) + guess
+        tangent = numerator * reciprocal
+    else:
+        tangent, _ = tanh(q[:, None, :] + k[None, :, :])
+    return tangent
+
+
+@triton.jit
+def tangents_of_pairs(
     q,
     k,
     features_ptr,
@@ -94,17 +156,16 @@ def hidden_pairs(
     num_features,
     e,
     E: tl.constexpr,
-    HAS_FEATURES: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """query + key + features @ feature_weight of a tile. # [BLOCK_M, BLOCK_N, BLOCK_E]"""
+    """tanh(q + k + features @ feature_weight), each by itself; # [BLOCK_M, BLOCK_N, BLOCK_E]"""
     hidden = q[:, None, :] + k[None, :, :]
-    if HAS_FEATURES:
-        for f in range(0, num_features):
-            feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
-            weight = load_vector(feature_weight_ptr + f * E, e, E, BLOCK_E)
-            hidden += feature[:, :, None] * weight[None, None, :]
-    return hidden
+    for f in range(0, num_features):
+        feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
+        weight = load_vector(feature_weight_ptr + f * E, e, E, BLOCK_E)
+        hidden += feature[:, :, None] * weight[None, None, :]
+    tangent, _ = tanh(hidden)
+    return tangent
 
 
 @triton.jit
@@ -145,7 +206,7 @@ def additive_scores_kernel(
     num_features,
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
-    HAS_FEATURES: tl.constexpr,
+    BY_PAIR: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -168,6 +229,8 @@ def additive_scores_kernel(
     mask_ptr += b * stride_mb + h * stride_mh
     allowed = allowed_pairs(mask_ptr, t, s, T, length, stride_mt, stride_ms, HAS_MASK)
     seen = seen_keys(allowed)
+    first = first_key(s, seen, S)
+    looking = looking_queries(allowed)
     q_ptr += (b * stride_qb + h * stride_qh) * STRIDE_UNIT
     k_ptr += (b * stride_kb + h * stride_kh) * STRIDE_UNIT
     features_ptr += b * stride_fb + h * stride_fh
@@ -178,24 +241,26 @@ def additive_scores_kernel(
     # Tiles behind a length have no components to go through.
     for start in tl.range(0, tl.where(pid_n * BLOCK_N < length, E, 0), BLOCK_E, num_stages=3):
         e = start + offs_e
-        q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
+        q = load_rows(q_ptr, t, looking, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         k = load_rows(k_ptr, s, seen, stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         weight = load_vector(score_weight_ptr + h * E, e, E, BLOCK_E)
-        hidden = hidden_pairs(
-            q,
-            k,
-            features_ptr,
-            feature_weight_ptr + h * num_features * E,
-            feature_offsets,
-            allowed,
-            stride_ff,
-            num_features,
-            e,
-            E,
-            HAS_FEATURES,
-            BLOCK_E,
-        )
-        tangent, _ = tanh(hidden)
+        if BY_PAIR:
+            tangent = tangents_of_pairs(
+                q,
+                k,
+                features_ptr,
+                feature_weight_ptr + h * num_features * E,
+                feature_offsets,
+                allowed,
+                stride_ff,
+                num_features,
+                e,
+                E,
+                BLOCK_E,
+            )
+        else:
+            origin = load_vector(k_ptr + first * stride_ks * STRIDE_UNIT, e, E, BLOCK_E)
+            tangent = tangents_of_rows(q, k, origin)
         sums += tangent * weight[None, None, :]
     scores = tl.where(allowed, tl.sum(sums, 2), float("-inf"))
     rows = head.to(tl.int64) * T + t
@@ -499,7 +564,7 @@ def additive_pair_gradient_kernel(
     tiles_per_split,
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
-    HAS_FEATURES: tl.constexpr,
+    BY_PAIR: tl.constexpr,
     NEED_QUERY: tl.constexpr,
     NEED_KEY: tl.constexpr,
     NEED_SCORE_WEIGHT: tl.constexpr,
@@ -544,39 +609,43 @@ def additive_pair_gradient_kernel(
     weight_sums = tl.zeros((BLOCK_E,), tl.float32)
     feature_sums = tl.zeros((BLOCK_F, BLOCK_E), tl.float32)
 
-    first = split * tiles_per_split * BLOCK_N
-    last = tl.minimum(first + tiles_per_split * BLOCK_N, S)
-    for n0 in range(first, last, BLOCK_N):
+    begin = split * tiles_per_split * BLOCK_N
+    end = tl.minimum(begin + tiles_per_split * BLOCK_N, S)
+    for n0 in range(begin, end, BLOCK_N):
         s = n0 + offs_n
         key_sums = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         for m0 in range(0, T, BLOCK_M):
             t = m0 + offs_m
             allowed = allowed_pairs(mask_ptr, t, s, T, length, stride_mt, stride_ms, HAS_MASK)
-            q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
-            k = load_rows(k_ptr, s, seen_keys(allowed), stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(
-                tl.float32
-            )
+            seen = seen_keys(allowed)
+            q = load_rows(
+                q_ptr, t, looking_queries(allowed), stride_qt * STRIDE_UNIT, e, E, BLOCK_E
+            ).to(tl.float32)
+            k = load_rows(k_ptr, s, seen, stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
             t64 = t.to(tl.int64)[:, None]
             s64 = s.to(tl.int64)[None, :]
             feature_offsets = t64 * stride_ft + s64 * stride_fs
-            hidden = hidden_pairs(
-                q,
-                k,
-                features_ptr,
-                feature_weight_ptr,
-                feature_offsets,
-                allowed,
-                stride_ff,
-                num_features,
-                e,
-                E,
-                HAS_FEATURES,
-                BLOCK_E,
-            )
             grad_scores = tl.load(
                 grad_scores_ptr + t64 * stride_dt + s64 * stride_ds, mask=allowed, other=0.0
             )[:, :, None]
-            tangent, _ = tanh(hidden)
+            if BY_PAIR:
+                tangent = tangents_of_pairs(
+                    q,
+                    k,
+                    features_ptr,
+                    feature_weight_ptr,
+                    feature_offsets,
+                    allowed,
+                    stride_ff,
+                    num_features,
+                    e,
+                    E,
+                    BLOCK_E,
+                )
+            else:
+                first = first_key(s, seen, S)
+                origin = load_vector(k_ptr + first * stride_ks * STRIDE_UNIT, e, E, BLOCK_E)
+                tangent = tangents_of_rows(q, k, origin)
             if NEED_SCORE_WEIGHT:
                 weight_sums += tl.sum(tl.sum(tangent * grad_scores, 1), 0)
             gradient = grad_scores * (1.0 - tangent * tangent)
@@ -590,7 +659,7 @@ def additive_pair_gradient_kernel(
             if NEED_QUERY:
                 pointers = grad_q_ptr + t64 * E + e[None, :]
                 mask = (t < T)[:, None] & (e < E)[None, :]
-                before = tl.load(pointers, mask=mask & (n0 > first), other=0.0)
+                before = tl.load(pointers, mask=mask & (n0 > begin), other=0.0)
                 tl.store(pointers, before + tl.sum(gradient, 1) * weight[None, :], mask=mask)
         if NEED_KEY:
             tl.store(
@@ -648,7 +717,6 @@ def additive_feature_gradient_kernel(
     num_features,
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
-    HAS_FEATURES: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     E: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -672,6 +740,7 @@ def additive_feature_gradient_kernel(
     mask_ptr += b * stride_mb + h * stride_mh
     allowed = allowed_pairs(mask_ptr, t, s, T, length, stride_mt, stride_ms, HAS_MASK)
     seen = seen_keys(allowed)
+    looking = looking_queries(allowed)
     q_ptr += (b * stride_qb + h * stride_qh) * STRIDE_UNIT
     k_ptr += (b * stride_kb + h * stride_kh) * STRIDE_UNIT
     features_ptr += b * stride_fb + h * stride_fh
@@ -685,10 +754,10 @@ def additive_feature_gradient_kernel(
     sums = tl.zeros((BLOCK_M * BLOCK_N, BLOCK_F), tl.float32)
     for start in tl.range(0, tl.where(pid_n * BLOCK_N < length, E, 0), BLOCK_E, num_stages=3):
         e = start + offs_e
-        q = load_rows(q_ptr, t, t < T, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
+        q = load_rows(q_ptr, t, looking, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         k = load_rows(k_ptr, s, seen, stride_ks * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
         weight = load_vector(score_weight_ptr + h * E, e, E, BLOCK_E)
-        hidden = hidden_pairs(
+        tangent = tangents_of_pairs(
             q,
             k,
             features_ptr,
@@ -699,10 +768,8 @@ def additive_feature_gradient_kernel(
             num_features,
             e,
             E,
-            HAS_FEATURES,
             BLOCK_E,
         )
-        tangent, _ = tanh(hidden)
         slope = weight[None, None, :] * (1.0 - tangent * tangent)
         feature_weight = tl.load(
             feature_weight_ptr + offs_f[None, :] * E + e[:, None],
