@@ -253,20 +253,17 @@ def test_scores_of_any_size(scale: float) -> None:
 # --- dtypes, compilation, parameters -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "float16", "autocast"])
 @every_variant
-def test_low_precision(variant: Any, how: str) -> None:
+def test_dtypes(variant: Any, how: str) -> None:
     """Weights and state are fp32, and no result is off by more than a few roundings."""
     exact = make(variant)
     module = make(variant).float()
     queries, source = inputs()
-    dtype = torch.float16 if how == "float16" else torch.bfloat16
     is_autocast = how == "autocast"
-    if not is_autocast:
-        module = module.to(dtype)
-        queries, source = queries.to(dtype), source.to(dtype)
-    else:
-        queries, source = queries.float(), source.float()
+    dtype = torch.bfloat16 if is_autocast else getattr(torch, how)
+    given = torch.float32 if is_autocast else dtype
+    module, queries, source = module.to(given), queries.to(given), source.to(given)
     source.requires_grad_()
     exact.load_state_dict(module.state_dict())
     expected, expected_weights, _ = exact(queries.double(), exact.read(source.double(), LENGTHS))
