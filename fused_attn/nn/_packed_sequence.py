@@ -32,8 +32,9 @@ class PackedBatch:
     def of(x: Tensor, lengths: Tensor | None) -> PackedBatch:
         """The batch ``x [B, T, ...]`` with these lengths ``[B]``; None: all of T."""
         B, T = x.shape[:2]
+        full = PackedBatch((B, T), torch.full((T if B > 0 else 0,), B), None, None)
         if lengths is None:
-            return PackedBatch((B, T), torch.full((T if B > 0 else 0,), B), None, None)
+            return full
         if lengths.dtype not in _LENGTHS:
             raise TypeError(
                 f"RecurrentLayers: lengths must have dtype int32 or int64, got {lengths.dtype}"
@@ -48,6 +49,8 @@ class PackedBatch:
             raise ValueError(
                 f"RecurrentLayers: lengths must be in [0, T] with T = {T}, got {host.tolist()}"
             )
+        if B > 0 and int(host.min()) == T:
+            return full
         ordered, order = host.sort(descending=True, stable=True)
         longest = int(ordered[0]) if B > 0 else 0
         has_step = torch.arange(longest)[:, None] < ordered  # [S, B]

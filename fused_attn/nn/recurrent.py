@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,24 @@ from torch.nn import functional as F
 from fused_attn.ops import recurrent_cell, recurrent_layer
 from fused_attn.ops.recurrent_cell import layer_is_fused
 
+from ._onednn_linear import onednn_linear
 from ._packed_sequence import PackedBatch
 
 RecurrentState = tuple[Tensor, ...]
 """``(hidden,)``, for an LSTM ``(hidden, cell)``; each ``[layers * directions, B, H]``."""
+
+
+class LayerProducts(Protocol):
+    """What ``recurrent_layer`` needs of a layer's direction."""
+
+    def input_gates(self, layer: int, reverse: bool, rows: Tensor) -> Tensor:
+        """Rows ``[N, in]`` to their gates ``[N, G H]``, without ``bias_hh``."""
+        ...
+
+    def recurrent_weight(self, layer: int, reverse: bool) -> Tensor:
+        """``[G H, H]``."""
+        ...
+
 
 _MODES = {"lstm": "LSTM", "gru": "GRU", "tanh": "RNN_TANH", "relu": "RNN_RELU"}
 
@@ -113,24 +127,54 @@ class RecurrentLayers(nn.RNNBase):
             TypeError: ``lengths`` has a wrong dtype.
             ValueError: Shapes disagree, or a length is out of range.
         """
+        return self.forward_with(None, x, lengths, state)
+
+    def forward_with(
+        self,
+        products: LayerProducts | None,
+        x: Tensor,
+        lengths: Tensor | None,
+        state: RecurrentState | None,
+    ) -> tuple[Tensor, RecurrentState]:
+        """:meth:`forward` by other products.
+
+        Where no fused layer takes the call, PyTorch's own functions run it, products included.
+
+        Args:
+            products: Of the inputs, and the weights of the others; None: the layers' own.
+            x: As of :meth:`forward`, like the others.
+            lengths: See there.
+            state: See there.
+        """
         self._check_input(x, 3, "[B, T, input_size]")
         B = x.size(0)
         if state is None:
             state = self.initial_state(B, x)
         self._check_state(state, B)
         batch = PackedBatch.of(x, lengths)
-        data, final = self._run(batch, batch.pack(x), tuple(batch.sort(s) for s in state))
+        data, before = batch.pack(x), tuple(batch.sort(s) for s in state)
+        final: RecurrentState
+        if data.size(0) == 0:
+            data, final = data.new_zeros(0, self.output_size), before
+        elif self._takes_fused(batch, data) or (products is not None and layer_is_fused(data)):
+            own = _OwnProducts(self) if products is None else products
+            data, final = self._run_fused(own, batch, data, before)
+        else:
+            data, final = self._run_torch(batch, data, before)
         finals = tuple(batch.unsort(new, s) for new, s in zip(final, state, strict=True))
         return batch.unpack(data), finals
 
-    def _run(
+    def _takes_fused(self, batch: PackedBatch, data: Tensor) -> bool:
+        """Whether ``recurrent_layer`` is the faster way."""
+        # An LSTM over steps of one length is a single operation of oneDNN's.
+        single = self.kind == "lstm" and batch.positions is None
+        autocast = torch.is_autocast_enabled(data.device.type)
+        return layer_is_fused(data) and not single and not autocast
+
+    def _run_torch(
         self, batch: PackedBatch, data: Tensor, state: RecurrentState
     ) -> tuple[Tensor, RecurrentState]:
         """Output of the last layer and final states of packed inputs ``[N, input_size]``."""
-        if data.size(0) == 0:
-            return data.new_zeros(0, self.output_size), state
-        if layer_is_fused(data) and not torch.is_autocast_enabled(data.device.type):
-            return self._run_fused(batch, data, state)
         self._update_flat_weights()
         functions: dict[str, Callable[..., Any]] = {
             "lstm": torch.lstm,
@@ -138,37 +182,35 @@ class RecurrentLayers(nn.RNNBase):
             "tanh": torch.rnn_tanh,
             "relu": torch.rnn_relu,
         }
-        output, *final = functions[self.kind](
-            data,
-            batch.batch_sizes,
-            state if self.kind == "lstm" else state[0],
-            self._flat_weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-        )
+        hx = state if self.kind == "lstm" else state[0]
+        options = (self._flat_weights, self.bias, self.num_layers, self.dropout, self.training)
+        function = functions[self.kind]
+        if batch.positions is None:
+            # All of one length: kernels that need not look at lengths.
+            steps = data.view(batch.batch_sizes.numel(), -1, data.size(-1))
+            output, *final = function(steps, hx, *options, self.bidirectional, False)
+            return output.reshape(-1, output.size(-1)), tuple(final)
+        output, *final = function(data, batch.batch_sizes, hx, *options, self.bidirectional)
         return output, tuple(final)
 
     def _run_fused(
-        self, batch: PackedBatch, data: Tensor, state: RecurrentState
+        self, products: LayerProducts, batch: PackedBatch, data: Tensor, state: RecurrentState
     ) -> tuple[Tensor, RecurrentState]:
+        """The same, by ``recurrent_layer``."""
         finals: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
             if layer > 0:
                 data = F.dropout(data, self.dropout, self.training)
             outputs = []
             for reverse in (False, True)[: self._directions]:
-                weight_ih, weight_hh, bias_ih, bias_hh = self._parameters_of(layer, reverse)
                 index = layer * self._directions + reverse
                 output, *final = recurrent_layer(
-                    F.linear(data, weight_ih, bias_ih),
+                    products.input_gates(layer, reverse, data),
                     batch.batch_sizes,
                     state[0][index],
                     state[1][index] if self.kind == "lstm" else None,
-                    weight_hh,
-                    bias_hh,
+                    products.recurrent_weight(layer, reverse),
+                    self.parameters_of(layer, reverse)[3],
                     kind=self.kind,
                     reverse=reverse,
                 )
@@ -187,7 +229,7 @@ class RecurrentLayers(nn.RNNBase):
         Returns:
             ``[..., G H]``.
         """
-        weight, _, bias, _ = self._parameters_of(0)
+        weight, _, bias, _ = self.parameters_of(0)
         columns = weight[:, first_column : first_column + x.size(-1)]
         return F.linear(x, columns, bias if first_column == 0 else None)
 
@@ -220,7 +262,7 @@ class RecurrentLayers(nn.RNNBase):
         news: list[tuple[Tensor, ...]] = []
         output = x
         for layer in range(self.num_layers):
-            weight_ih, weight_hh, bias_ih, bias_hh = self._parameters_of(layer)
+            weight_ih, weight_hh, bias_ih, bias_hh = self.parameters_of(layer)
             if layer == 0:
                 from_input = first_gates
             else:
@@ -234,7 +276,7 @@ class RecurrentLayers(nn.RNNBase):
             output = new[0]
         return output, tuple(torch.stack(parts) for parts in zip(*news, strict=True))
 
-    def _parameters_of(
+    def parameters_of(
         self, layer: int, reverse: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """``weight_ih``, ``weight_hh``, ``bias_ih`` and ``bias_hh`` of a layer's direction."""
@@ -264,3 +306,17 @@ class RecurrentLayers(nn.RNNBase):
                 f"RecurrentLayers: state must have {count} parts of shape {shape}, got "
                 f"{[list(part.shape) for part in state]}"
             )
+
+
+class _OwnProducts:
+    """Products with the parameters of the layers, which get their gradients."""
+
+    def __init__(self, layers: RecurrentLayers) -> None:
+        self._layers = layers
+
+    def input_gates(self, layer: int, reverse: bool, rows: Tensor) -> Tensor:
+        weight, _, bias, _ = self._layers.parameters_of(layer, reverse)
+        return onednn_linear(rows, weight, bias)
+
+    def recurrent_weight(self, layer: int, reverse: bool) -> Tensor:
+        return self._layers.parameters_of(layer, reverse)[1]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attn import recurrent_cell
+from fused_attn.ops.recurrent_cell.cases import CASES, RecurrentLayerCase
 from fused_attn.validation import compare, fused_backends
 from tests.triton_tools.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_in_subprocess
 
@@ -21,11 +22,13 @@ from .suite import OpSuite, RecordFusedCalls, assert_bit_equal
 OP = "recurrent_cell"
 BACKENDS = ("reference", *fused_backends(OP, "cpu"))
 ROOT = Path(__file__).resolve().parents[2]
+LAYERS = [case.name for case in CASES if isinstance(case, RecurrentLayerCase)]
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 
 
 class TestRecurrentCell(OpSuite):
     op = OP
+    refusals = frozenset(("triton", name) for name in LAYERS)
 
 
 def draw(*shape: int, seed: int = 7) -> Tensor:

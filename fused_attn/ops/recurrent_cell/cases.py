@@ -1,4 +1,4 @@
-"""Named cases of ``recurrent_cell``."""
+"""Named cases of ``recurrent_cell`` and ``recurrent_layer``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from .._cases import Case
 from .api import recurrent_cell
 from .contract import GATES
+from .layer import recurrent_layer
 
 Kind = Literal["lstm", "gru", "tanh", "relu"]
 
@@ -102,6 +103,54 @@ class RecurrentCellCase(Case):
         return tensors * itemsize * self._elements
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecurrentLayerCase(Case):
+    """``recurrent_layer`` over sequences of these lengths, the longest first."""
+
+    op: ClassVar[str] = "recurrent_cell"
+    differentiable: ClassVar[tuple[str, ...]] = ("input_gates", "hidden", "cell", "weight", "bias")
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    lengths: tuple[int, ...]
+    hidden_size: int
+    cell_kind: Kind = "lstm"
+    bias: bool = True
+    reverse: bool = False
+    transposed_weight: bool = False
+
+    def inputs(
+        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> dict[str, Any]:
+        """Normal gates and states; weights that keep the states' size."""
+        B, H, columns = (
+            len(self.lengths),
+            self.hidden_size,
+            GATES[self.cell_kind] * self.hidden_size,
+        )
+
+        def draw(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, generator=generator).to(device, dtype)
+
+        longest = max(self.lengths, default=0)
+        sizes = [sum(length > s for length in self.lengths) for s in range(longest)]
+        weight = draw(columns, H) * H**-0.5
+        return {
+            "input_gates": draw(sum(self.lengths), columns),
+            "batch_sizes": torch.tensor(sizes, dtype=torch.int64),
+            "hidden": draw(B, H).tanh(),
+            "cell": draw(B, H) if self.cell_kind == "lstm" else None,
+            "weight": weight.t().contiguous().t() if self.transposed_weight else weight,
+            "bias": draw(columns) if self.bias else None,
+            "kind": self.cell_kind,
+            "reverse": self.reverse,
+        }
+
+    def run(self, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tensor, ...]:
+        """Output, final hidden state, and an LSTM's final cell."""
+        results = recurrent_layer(**inputs, backend=backend)
+        return results if self.cell_kind == "lstm" else results[:2]
+
+
 def _edge(name: str, kind: Kind, leading: tuple[int, ...], size: int, **flags: Any) -> Any:
     return RecurrentCellCase(
         name=f"{kind}_{name}",
@@ -124,9 +173,19 @@ def _benchmark(kind: Kind, rows: int, size: int, **flags: Any) -> RecurrentCellC
     )
 
 
+def _layer(name: str, cell_kind: Kind, lengths: tuple[int, ...], size: int, **flags: Any) -> Any:
+    return RecurrentLayerCase(
+        name=f"layer_{cell_kind}_{name}",
+        cell_kind=cell_kind,
+        lengths=lengths,
+        hidden_size=size,
+        **flags,
+    )
+
+
 _KINDS: tuple[Kind, ...] = ("lstm", "gru", "tanh", "relu")
 
-CASES: tuple[RecurrentCellCase, ...] = (
+CASES: tuple[RecurrentCellCase | RecurrentLayerCase, ...] = (
     *(
         RecurrentCellCase(
             name=f"{kind}_typical", kind="typical", cell_kind=kind, leading=(9,), hidden_size=48
@@ -154,6 +213,23 @@ CASES: tuple[RecurrentCellCase, ...] = (
     _edge("expanded", "gru", (3, 4), 20, layout="expanded"),
     _edge("wide", "lstm", (2,), 1031),
     _edge("many_rows", "gru", (1100,), 5),
+    *(_layer("typical", kind, (5, 3, 3, 1), 24, kind="typical") for kind in _KINDS),
+    *(_layer("reverse", kind, (5, 3, 3, 1), 24, reverse=True, kind="edge") for kind in _KINDS),
+    *(
+        _layer("smooth", kind, (3, 2), 4, kind="edge", gradcheck=True)
+        for kind in ("lstm", "gru", "tanh")
+    ),
+    _layer("smooth_reverse", "gru", (3, 1), 4, reverse=True, kind="edge", gradcheck=True),
+    _layer("no_bias", "lstm", (4, 4), 17, bias=False, kind="edge"),
+    _layer("one_sequence", "gru", (6,), 33, kind="edge"),
+    _layer("one_step", "lstm", (1, 1, 1), 16, kind="edge"),
+    _layer("sequences_without_steps", "lstm", (3, 0, 0), 16, kind="edge"),
+    _layer("sequences_without_steps", "gru", (3, 1, 0), 16, reverse=True, kind="edge"),
+    _layer("no_steps", "lstm", (0, 0), 16, kind="edge"),
+    _layer("no_sequences", "gru", (), 16, kind="edge"),
+    _layer("size_1", "gru", (4, 2), 1, kind="edge"),
+    _layer("transposed_weight", "lstm", (4, 2), 20, transposed_weight=True, kind="edge"),
+    _layer("many_rows", "gru", (3,) * 100, 40, kind="edge"),
     _benchmark("lstm", 64, 512),
     _benchmark("gru", 64, 512),
     _benchmark("tanh", 64, 512),

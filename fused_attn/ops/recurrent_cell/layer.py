@@ -52,7 +52,8 @@ def recurrent_layer(
         hidden: ``[B, H]``: the states before the first step, of at least ``batch_sizes[0]``
             sequences.
         cell: ``[B, H]``, of an LSTM; the other kinds do not look at it.
-        weight: ``[G H, H]``, the recurrent weight.
+        weight: ``[G H, H]``, the recurrent weight. Where no gradient is needed the ``cpu`` backend
+            also takes one in oneDNN's layout, and then need not make it.
         bias: ``[G H]``; default: none.
         kind: ``"lstm"``, ``"gru"``, ``"tanh"`` or ``"relu"``.
         reverse: From the last step to the first.
@@ -149,7 +150,7 @@ def _check(
 
 
 def _check_sizes(sizes: list[int], B: int, N: int) -> None:
-    descends = all(a >= b for a, b in zip([B, *sizes], [*sizes, 1], strict=True))
+    descends = all(a >= b >= 1 for a, b in zip([B, *sizes], sizes, strict=False))
     if not descends or sum(sizes) != N:
         raise ValueError(
             f"{_OP}: batch_sizes must descend from at most {B} sequences (from hidden) to at least "
