@@ -41,7 +41,11 @@ def expected_alignments(energy: Tensor, previous: Tensor) -> Tensor:
         return choose
     if energy.size(-2) == 1:
         return choose * _reached(skip, previous.unsqueeze(-2))
-    return _ExpectedAlignments.apply(choose, skip, previous)
+    apply = _ExpectedAlignments.apply
+    if torch.compiler.is_compiling():
+        # A break in the graph: unrolled, the rounds would be compiled anew for each T and S.
+        apply = torch.compiler.disable(apply)
+    return apply(choose, skip, previous)
 
 
 def hard_alignments(energy: Tensor, previous: Tensor) -> Tensor:
@@ -153,8 +157,5 @@ def _positions(diagonals: Tensor, S: int) -> Tensor:
     """A view ``[T, S, N]`` of diagonals ``[T + S - 1 or more, T, N]``."""
     _, T, N = diagonals.shape
     round_stride, step_stride, batch_stride = diagonals.stride()
-    return diagonals.as_strided(
-        (T, S, N),
-        (round_stride + step_stride, round_stride, batch_stride),
-        diagonals.storage_offset(),
-    )
+    strides = (round_stride + step_stride, round_stride, batch_stride)
+    return diagonals.as_strided((T, S, N), strides)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fused_attn.ops import additive_attention, additive_scores
 
-from ._attention_options import Kind, check_options, xavier
+from ._attention_checks import Kind, check_memory, check_options, check_query, check_state
 from ._attention_products import products, softmax, weighted, weights_dtype
 from ._attention_state import AttentionMemory, AttentionState
 from ._monotonic import expected_alignments, hard_alignments
@@ -112,6 +112,10 @@ class RecurrentAttention(nn.Module):
         self.monotonic = monotonic
         self.monotonic_bias, self.monotonic_noise = monotonic_bias, monotonic_noise
         self.is_additive = kind in ("additive", "location")
+        # Fields of the state that this attention has a use for.
+        self._kept: tuple[str, ...] = ("previous",) if monotonic or kind == "location" else ()
+        if coverage:
+            self._kept += ("coverage",)
 
         def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias, device, dtype)
@@ -165,16 +169,16 @@ class RecurrentAttention(nn.Module):
             outputs, inputs = projection.weight.shape
             # In `general` each head has a matrix of its own.
             heads = self.num_heads if self.kind == "general" and name == "query" else 1
-            xavier(projection.weight, inputs, outputs // heads)
+            _xavier(projection.weight, inputs, outputs // heads)
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
         if self.score_weight is not None:
-            xavier(self.score_weight, self.score_weight.size(1), 1)
+            _xavier(self.score_weight, self.score_weight.size(1), 1)
         if self.feature_weight is not None:
-            xavier(self.feature_weight, *self.feature_weight.shape[1:])
+            _xavier(self.feature_weight, *self.feature_weight.shape[1:])
         if self.location_convolution is not None:
             outputs, _, width = self.location_convolution.weight.shape
-            xavier(self.location_convolution.weight, width, outputs // self.num_heads * width)
+            _xavier(self.location_convolution.weight, width, outputs // self.num_heads * width)
         if self.score_bias is not None:
             nn.init.constant_(self.score_bias, self.monotonic_bias)
         if self.score_gain is not None:
@@ -190,23 +194,11 @@ class RecurrentAttention(nn.Module):
 
         Raises:
             TypeError: ``lengths`` are not integers.
-            ValueError: Shapes disagree.
+            ValueError: Shapes disagree, or a length is out of range, where they are on the CPU.
         """
-        if memory.dim() != 3 or memory.size(2) != self.memory_size:
-            raise ValueError(
-                f"{_NAME}: memory must have shape [B, S, M] with M = {self.memory_size}, got "
-                f"{list(memory.shape)}"
-            )
-        B, S, _ = memory.shape
+        check_memory(memory, lengths, self.memory_size)
         if lengths is not None:
-            if lengths.dtype not in (torch.int32, torch.int64):
-                dtype = str(lengths.dtype).removeprefix("torch.")
-                raise TypeError(f"{_NAME}: lengths must have dtype int32 or int64, got {dtype}")
-            if tuple(lengths.shape) != (B,):
-                raise ValueError(
-                    f"{_NAME}: lengths must have shape [B] = {[B]}, got {list(lengths.shape)}"
-                )
-            behind = torch.arange(S, device=memory.device) >= lengths[:, None]
+            behind = torch.arange(memory.size(1), device=memory.device) >= lengths[:, None]
             memory = memory.masked_fill(behind[:, :, None], 0.0)
             lengths = lengths.clone()
         value = self._heads(memory, self.value_projection)
@@ -236,9 +228,9 @@ class RecurrentAttention(nn.Module):
         shape = (B, beam_size, self.num_heads, S)
         dtype = weights_dtype(memory)
         state = AttentionState()
-        if self.coverage:
+        if "coverage" in self._kept:
             state.coverage = torch.zeros(shape, dtype=dtype, device=value.device)
-        if self.monotonic or self.kind == "location":
+        if "previous" in self._kept:
             places = torch.arange(S, device=value.device)
             lengths = memory.lengths
             if lengths is None:
@@ -268,25 +260,25 @@ class RecurrentAttention(nn.Module):
         Raises:
             ValueError: Shapes disagree.
         """
-        self._check(query, memory)
+        check_query(query, memory, self.query_size)
         if state is None:
             state = self.initial(memory)
-        self._check_state(state, memory, 1)
+        check_state(state, memory, 1, self._kept)
         q = self._project_query(query, memory)
+        if q.size(2) == 0:
+            return self._empty(memory, state)
         if self.is_recurrent:
-            contexts, weights = [], []
+            rows = []
             for t in range(q.size(2)):
-                context, row, state = self._step(q[:, :, t : t + 1], memory, state)
-                contexts.append(context)
-                weights.append(row)
-            if not contexts:
-                return self._empty(memory, state)
-            return self._merge(torch.cat(contexts, 2)), torch.cat(weights, 1), state
+                row = self._weights(q[:, :, t : t + 1], memory, state)
+                state = _after(state, row)
+                rows.append(row)
+            # The contexts come last: one product, and in the backward one gradient of the values.
+            heads = torch.cat(rows, 2)
+            return self._merge(weighted(heads, memory.value)), heads.mean(1), state
         if state.previous is None:
             context, heads = self._attend(q, memory, None)
             return self._merge(context), heads.mean(1), state
-        if q.size(2) == 0:
-            return self._empty(memory, state)
         heads = self._align(self._energy(q, memory, None), state.previous[:, 0])
         state = AttentionState(heads[:, None, :, -1])
         return self._merge(weighted(heads, memory.value)), heads.mean(1), state
@@ -310,29 +302,23 @@ class RecurrentAttention(nn.Module):
         Raises:
             ValueError: Shapes disagree.
         """
-        self._check(query, memory)
-        self._check_state(state, memory, query.size(1))
+        check_query(query, memory, self.query_size)
+        check_state(state, memory, query.size(1), self._kept)
         q = self._project_query(query, memory)
-        context, weights, state = self._step(q, memory, state)
-        return self._merge(context), weights, state
+        if self.monotonic:
+            heads = self._weights(q, memory, state)
+            context = weighted(heads, memory.value)
+        else:
+            context, heads = self._attend(q, memory, self._features(state, q.dtype))
+        return self._merge(context), heads.mean(1), _after(state, heads)
 
-    def _step(
-        self, q: Tensor, memory: AttentionMemory, state: AttentionState
-    ) -> tuple[Tensor, Tensor, AttentionState]:
-        """Queries ``[B, H, K, E]`` to the heads' contexts ``[B, H, K, D]``."""
+    def _weights(self, q: Tensor, memory: AttentionMemory, state: AttentionState) -> Tensor:
+        """Weights ``[B, H, K, S]`` of one step, where it depends on those before."""
         features = self._features(state, q.dtype)
         if self.monotonic and state.previous is not None:
             energy = self._energy(q, memory, features)[..., None, :]  # [B, H, K, 1, S]
-            weights = self._align(energy, state.previous.transpose(1, 2)).squeeze(-2)
-            context = weighted(weights, memory.value)
-        else:
-            context, weights = self._attend(q, memory, features)
-        heads = weights.transpose(1, 2)  # [B, K, H, S]
-        state = AttentionState(
-            None if state.previous is None else heads,
-            None if state.coverage is None else state.coverage + heads,
-        )
-        return context, weights.mean(1), state
+            return self._align(energy, state.previous.transpose(1, 2)).squeeze(-2)
+        return softmax(self._scores(q, memory, features), memory.visible())
 
     def _attend(
         self, q: Tensor, memory: AttentionMemory, features: Tensor | None
@@ -348,27 +334,32 @@ class RecurrentAttention(nn.Module):
                 feature_weight=self.feature_weight,
                 key_lengths=memory.lengths,
             )
-        weights = softmax(products(q, memory.key), memory.visible())
+        weights = softmax(self._scores(q, memory, features), memory.visible())
         return weighted(weights, memory.value), weights
+
+    def _scores(self, q: Tensor, memory: AttentionMemory, features: Tensor | None) -> Tensor:
+        """``[B, H, T, S]``, anything behind the lengths."""
+        if self.score_weight is None:
+            return products(q, memory.key)
+        weight: Tensor = self.score_weight
+        if self.score_gain is not None:
+            weight = (F.normalize(weight, dim=1) * self.score_gain[:, None]).to(weight.dtype)
+        return additive_scores(
+            q,
+            memory.key,
+            weight,
+            features=features,
+            feature_weight=self.feature_weight,
+            key_lengths=memory.lengths,
+        )
 
     def _energy(self, q: Tensor, memory: AttentionMemory, features: Tensor | None) -> Tensor:
         """Logits of choosing a position ``[B, H, T, S]``, -inf behind the lengths."""
         assert self.score_bias is not None
-        if self.score_weight is not None and self.score_gain is not None:
-            v = F.normalize(self.score_weight, dim=1) * self.score_gain[:, None]
-            scores = additive_scores(
-                q,
-                memory.key,
-                v.to(self.score_weight.dtype),
-                features=features,
-                feature_weight=self.feature_weight,
-                key_lengths=memory.lengths,
-            )
-        else:
-            scores = products(q, memory.key)
-            visible = memory.visible()
-            if visible is not None:
-                scores = scores.masked_fill(~visible[:, None, None], -math.inf)
+        scores = self._scores(q, memory, features)
+        visible = memory.visible()
+        if visible is not None:
+            scores = scores.masked_fill(~visible[:, None, None], -math.inf)
         return scores + self.score_bias[:, None, None].to(scores.dtype)
 
     def _align(self, energy: Tensor, previous: Tensor) -> Tensor:
@@ -383,10 +374,14 @@ class RecurrentAttention(nn.Module):
         """What the scores of the next step depend on: ``[B, H, K, S, F]``."""
         parts = []
         if self.location_convolution is not None and state.previous is not None:
-            weight = self.location_convolution.weight
+            convolution = self.location_convolution
             B, K, H, S = state.previous.shape
-            rows = state.previous.reshape(B * K, H, S).to(weight.dtype)
-            maps = self.location_convolution(rows).view(B, K, H, -1, S)
+            rows = state.previous.reshape(B * K, H, S).to(convolution.weight.dtype)
+            # torch refuses to convolve nothing.
+            maps = (
+                convolution(rows) if S > 0 else rows.new_empty(B * K, convolution.out_channels, 0)
+            )
+            maps = maps.view(B, K, H, convolution.out_channels // H, S)
             parts.append(maps.permute(0, 2, 1, 4, 3).to(dtype))
         if state.coverage is not None:
             parts.append(state.coverage.transpose(1, 2).unsqueeze(-1).to(dtype))
@@ -420,25 +415,17 @@ class RecurrentAttention(nn.Module):
         weights = memory.value.new_zeros(B, 0, S, dtype=weights_dtype(memory))
         return self._merge(memory.value[:, :, :0]), weights, state
 
-    def _check(self, query: Tensor, memory: AttentionMemory) -> None:
-        B = memory.value.size(0)
-        if query.dim() != 3 or query.size(0) != B or query.size(2) != self.query_size:
-            raise ValueError(
-                f"{_NAME}: query must have shape [B, T, Q] with B = {B} (from memory) and "
-                f"Q = {self.query_size}, got {list(query.shape)}"
-            )
 
-    def _check_state(self, state: AttentionState, memory: AttentionMemory, K: int) -> None:
-        B, H, S, _ = memory.value.shape
-        needed = {
-            "previous": self.monotonic or self.kind == "location",
-            "coverage": self.coverage,
-        }
-        for name, is_needed in needed.items():
-            tensor = getattr(state, name)
-            if is_needed and (tensor is None or tuple(tensor.shape) != (B, K, H, S)):
-                got = None if tensor is None else list(tensor.shape)
-                raise ValueError(
-                    f"{_NAME}: state.{name} must have shape [B, K, H, S] = {[B, K, H, S]}, got "
-                    f"{got}"
-                )
+def _after(state: AttentionState, weights: Tensor) -> AttentionState:
+    """The state after a step with weights ``[B, H, K, S]``."""
+    heads = weights.transpose(1, 2)
+    return AttentionState(
+        None if state.previous is None else heads,
+        None if state.coverage is None else state.coverage + heads,
+    )
+
+
+def _xavier(weight: Tensor, inputs: int, outputs: int) -> None:
+    """Draw ``weight`` uniformly, its variance 2 / (inputs + outputs): Glorot and Bengio, 2010."""
+    bound = math.sqrt(6.0 / (inputs + outputs))
+    nn.init.uniform_(weight, -bound, bound)

@@ -14,8 +14,13 @@ def additive_attention_reference(inputs: AdditiveInputs) -> tuple[Tensor, Tensor
     """Context ``[B, H, T, D]`` in the query's dtype and weights ``[B, H, T, S]``.
 
     Without values, an empty tensor and the scores. See the public functions. Computes in fp32
-    (fp64 for fp64 inputs) and rounds once at the end.
+    (fp64 for fp64 inputs) and rounds once at the end, under autocast too, which would round every
+    product.
     """
+    device = inputs.query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return additive_attention_reference(inputs)
     query, key, value = inputs.query, inputs.key, inputs.value
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     allowed = allowed_pairs(inputs)  # [B, H, T, S]
