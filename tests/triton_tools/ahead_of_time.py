@@ -214,6 +214,37 @@ def _launch_bias_activation_dropout(
     )
 
 
+def _launch_copy_distribution(
+    dtype: str,
+    V: int = 32000,
+    S: int = 64,
+    gate: bool = True,
+    fp32_copy: bool = False,
+    lengths: bool = True,
+) -> None:
+    """``copy_nll`` and ``copy_distribution``, forward and backward, on tensors without memory."""
+    import torch
+
+    from fused_attn.ops.copy_distribution import triton as backend
+
+    def empty(*shape: int, kind: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    B, T = 16, 64
+    kind = getattr(torch, dtype)
+    beside = torch.float32 if fp32_copy else kind
+    logits = empty(B, T, V, kind=kind)
+    source = (
+        empty(B, T, S, kind=beside),
+        empty(B, 1, S),
+        empty(B, T, kind=beside) if gate else None,
+        empty(B) if lengths else None,
+    )
+    for targets in (empty(B, T), None):
+        output, lse = backend.forward(logits, *source, targets, V + 16, -100)
+        backend.backward(output, logits, *source, targets, lse, -100)
+
+
 def _launch_decode_attention(
     dtype: str,
     form: str,
@@ -394,6 +425,7 @@ LAUNCHERS = {
     "attention": _launch_attention,
     "beam_search": _launch_beam_search,
     "bias_activation_dropout": _launch_bias_activation_dropout,
+    "copy_distribution": _launch_copy_distribution,
     "decode_attention": _launch_decode_attention,
     "recurrent_cell": _launch_recurrent_cell,
 }

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .._backend import describe_tensor, resolve
 from .._check import INTEGERS, check_device, check_dtype, check_floating, check_tensor
-from . import cpu, reference
+from . import cpu, reference, triton
 from .contract import copy_distribution_fused
 from .reference import copy_distribution_reference, copy_nll_reference
 
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
 
 
 def copy_distribution(

@@ -174,7 +174,7 @@ class CopyDistributionCase(Case):
 
 
 def _edge(name: str, **options: Any) -> CopyDistributionCase:
-    sizes: dict[str, Any] = {"leading": (3, 5), "vocabulary": 37, "positions": 6}
+    sizes: dict[str, Any] = {"leading": (3, 2), "vocabulary": 37, "positions": 6}
     return CopyDistributionCase(name=name, kind="edge", **(sizes | options))
 
 
@@ -245,7 +245,7 @@ CASES: tuple[CopyDistributionCase, ...] = (
     *_both("empty_sources", lengths=(0, 0, 0)),
     *_both("no_rows", leading=(0, 3)),
     *_both("pointer_network", vocabulary=3, positions=17, extra=17, gate=False, lengths=(17, 9, 1)),
-    *_both("one_word", vocabulary=1, positions=1, extra=1, gate=False),
+    *_both("one_word", vocabulary=1, positions=5, extra=3, gate=False),
     *_both("vocabulary_2053", leading=(2, 1, 2), vocabulary=2053, positions=67),
     *_both("vocabulary_8192_copynet", leading=(2, 2), vocabulary=8192, positions=64, gate=False),
     _benchmark("nll_1024x32000_gate", (16, 64), 32000, 64),
