@@ -192,6 +192,7 @@ def test_kernels_are_written_so_that_they_can_be_executed_on_a_cpu() -> None:
         "copy_nll",
         "decode_attention",
         "recurrent_cell",
+        "recurrent_layer",
     ],
 )
 def test_public_functions_are_documented(name: str) -> None:

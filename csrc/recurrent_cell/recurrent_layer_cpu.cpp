@@ -31,6 +31,7 @@ class Product {
       product_.reset();
       return;
     }
+    if (weight.is_mkldnn()) return;
     // Rows for which oneDNN chooses the layout; it serves other numbers as well.
     constexpr int64_t kTypicalRows = 64;
     weight_ = reorder->typed<Tensor(const Tensor&, std::optional<int64_t>)>().call(
@@ -226,4 +227,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer_backward_cpu(
 TORCH_LIBRARY_IMPL(fused_attn_C, CPU, m) {
   m.impl("recurrent_layer_forward", &fused_attn::recurrent_layer_forward_cpu);
   m.impl("recurrent_layer_backward", &fused_attn::recurrent_layer_backward_cpu);
+}
+
+// With a weight in oneDNN's layout.
+TORCH_LIBRARY_IMPL(fused_attn_C, MkldnnCPU, m) {
+  m.impl("recurrent_layer_forward", &fused_attn::recurrent_layer_forward_cpu);
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_attn.ops import recurrent_cell
 
-from .packed import InferenceLinear, LinearFactory
+from .packed import InferenceLinear, LinearFactory, PackedLinear
 from .recurrent import RecurrentLayers, RecurrentState
 
 
@@ -18,11 +18,12 @@ class PackedRecurrentLayers:
 
     With ``PackedLinear`` each row of a result depends on its own sequence alone, to the last bit.
     Weights are copied when they are first used, those of a step and those of whole sequences each
-    for themselves; the recurrent weights of whole sequences are the module's own.
+    for themselves.
 
     Args:
         layers: fp32 on the CPU.
-        linear: Packs a weight: ``PackedLinear`` or ``QuantizedLinear``.
+        linear: Packs a weight: ``PackedLinear`` or ``QuantizedLinear``. The recurrent weights of
+            whole sequences stay in fp32.
     """
 
     def __init__(self, layers: RecurrentLayers, linear: LinearFactory) -> None:
@@ -33,7 +34,7 @@ class PackedRecurrentLayers:
         self, x: Tensor, lengths: Tensor | None = None, state: RecurrentState | None = None
     ) -> tuple[Tensor, RecurrentState]:
         """All layers over all steps, as ``RecurrentLayers.forward``."""
-        return self._layers.forward_with(self._input_product, x, lengths, state)
+        return self._layers.forward_with(self._sequences, x, lengths, state)
 
     def step(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         """One step of N sequences through all layers, which must have one direction.
@@ -52,17 +53,8 @@ class PackedRecurrentLayers:
         return x, tuple(torch.stack(parts) for parts in zip(*news, strict=True))
 
     @cached_property
-    def _inputs(self) -> dict[tuple[int, bool], InferenceLinear]:
-        """``[N, in] -> [N, G H]`` by layer and whether it is the reverse direction."""
-        products = {}
-        for layer in range(self._layers.num_layers):
-            for reverse in (False, True) if self._layers.bidirectional else (False,):
-                weight, _, bias, _ = self._layers.parameters_of(layer, reverse)
-                products[layer, reverse] = self._linear(weight, bias)
-        return products
-
-    def _input_product(self, layer: int, reverse: bool, rows: Tensor) -> Tensor:
-        return self._inputs[layer, reverse](rows)
+    def _sequences(self) -> _PackedSequences:
+        return _PackedSequences(self._layers, self._linear)
 
     @cached_property
     def _cells(self) -> list[_PackedCell | _PackedGRUCell]:
@@ -70,6 +62,25 @@ class PackedRecurrentLayers:
             raise RuntimeError("PackedRecurrentLayers: step needs layers of one direction")
         kind = _PackedGRUCell if self._layers.kind == "gru" else _PackedCell
         return [kind(self._layers, i, self._linear) for i in range(self._layers.num_layers)]
+
+
+class _PackedSequences:
+    """The products of whole sequences."""
+
+    def __init__(self, layers: RecurrentLayers, linear: LinearFactory) -> None:
+        self._inputs: dict[tuple[int, bool], InferenceLinear] = {}
+        self._weights: dict[tuple[int, bool], Tensor] = {}
+        for layer in range(layers.num_layers):
+            for reverse in (False, True) if layers.bidirectional else (False,):
+                weight_ih, weight_hh, bias_ih, _ = layers.parameters_of(layer, reverse)
+                self._inputs[layer, reverse] = linear(weight_ih, bias_ih)
+                self._weights[layer, reverse] = PackedLinear(weight_hh).weight
+
+    def input_gates(self, layer: int, reverse: bool, rows: Tensor) -> Tensor:
+        return self._inputs[layer, reverse](rows)
+
+    def recurrent_weight(self, layer: int, reverse: bool) -> Tensor:
+        return self._weights[layer, reverse]
 
 
 class _PackedCell:

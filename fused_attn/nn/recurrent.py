@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,18 @@ from ._packed_sequence import PackedBatch
 RecurrentState = tuple[Tensor, ...]
 """``(hidden,)``, for an LSTM ``(hidden, cell)``; each ``[layers * directions, B, H]``."""
 
-InputProduct = Callable[[int, bool, Tensor], Tensor]
+
+class LayerProducts(Protocol):
+    """What ``recurrent_layer`` needs of a layer's direction."""
+
+    def input_gates(self, layer: int, reverse: bool, rows: Tensor) -> Tensor:
+        """Rows ``[N, in]`` to their gates ``[N, G H]``, without ``bias_hh``."""
+        ...
+
+    def recurrent_weight(self, layer: int, reverse: bool) -> Tensor:
+        """``[G H, H]``."""
+        ...
+
 
 _MODES = {"lstm": "LSTM", "gru": "GRU", "tanh": "RNN_TANH", "relu": "RNN_RELU"}
 
@@ -120,18 +131,17 @@ class RecurrentLayers(nn.RNNBase):
 
     def forward_with(
         self,
-        input_product: InputProduct | None,
+        products: LayerProducts | None,
         x: Tensor,
         lengths: Tensor | None,
         state: RecurrentState | None,
     ) -> tuple[Tensor, RecurrentState]:
-        """:meth:`forward` with the products of the inputs left to the caller.
+        """:meth:`forward` by other products.
 
         Where no fused layer takes the call, PyTorch's own functions run it, products included.
 
         Args:
-            input_product: From a layer's number, whether it is the reverse direction and rows
-                ``[N, in]`` to their gates ``[N, G H]``, without ``bias_hh``. None: the layers' own.
+            products: Of the inputs, and the weights of the others; None: the layers' own.
             x: As of :meth:`forward`, like the others.
             lengths: See there.
             state: See there.
@@ -146,9 +156,9 @@ class RecurrentLayers(nn.RNNBase):
         final: RecurrentState
         if data.size(0) == 0:
             data, final = data.new_zeros(0, self.output_size), before
-        elif self._takes_fused(batch, data) or (input_product and layer_is_fused(data)):
-            product = input_product or self._input_product
-            data, final = self._run_fused(product, batch, data, before)
+        elif self._takes_fused(batch, data) or (products is not None and layer_is_fused(data)):
+            own = _OwnProducts(self) if products is None else products
+            data, final = self._run_fused(own, batch, data, before)
         else:
             data, final = self._run_torch(batch, data, before)
         finals = tuple(batch.unsort(new, s) for new, s in zip(final, state, strict=True))
@@ -184,7 +194,7 @@ class RecurrentLayers(nn.RNNBase):
         return output, tuple(final)
 
     def _run_fused(
-        self, input_product: InputProduct, batch: PackedBatch, data: Tensor, state: RecurrentState
+        self, products: LayerProducts, batch: PackedBatch, data: Tensor, state: RecurrentState
     ) -> tuple[Tensor, RecurrentState]:
         """The same, by ``recurrent_layer``."""
         finals: list[tuple[Tensor, ...]] = []
@@ -193,15 +203,14 @@ class RecurrentLayers(nn.RNNBase):
                 data = F.dropout(data, self.dropout, self.training)
             outputs = []
             for reverse in (False, True)[: self._directions]:
-                _, weight_hh, _, bias_hh = self.parameters_of(layer, reverse)
                 index = layer * self._directions + reverse
                 output, *final = recurrent_layer(
-                    input_product(layer, reverse, data),
+                    products.input_gates(layer, reverse, data),
                     batch.batch_sizes,
                     state[0][index],
                     state[1][index] if self.kind == "lstm" else None,
-                    weight_hh,
-                    bias_hh,
+                    products.recurrent_weight(layer, reverse),
+                    self.parameters_of(layer, reverse)[3],
                     kind=self.kind,
                     reverse=reverse,
                 )
@@ -209,10 +218,6 @@ class RecurrentLayers(nn.RNNBase):
                 finals.append(tuple(final[: len(state)]))
             data = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
         return data, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
-
-    def _input_product(self, layer: int, reverse: bool, rows: Tensor) -> Tensor:
-        weight_ih, _, bias_ih, _ = self.parameters_of(layer, reverse)
-        return onednn_linear(rows, weight_ih, bias_ih)
 
     def input_gates(self, x: Tensor, first_column: int = 0) -> Tensor:
         """What some columns of the input contribute to the gates of the first layer.
@@ -301,3 +306,17 @@ class RecurrentLayers(nn.RNNBase):
                 f"RecurrentLayers: state must have {count} parts of shape {shape}, got "
                 f"{[list(part.shape) for part in state]}"
             )
+
+
+class _OwnProducts:
+    """Products with the parameters of the layers, which get their gradients."""
+
+    def __init__(self, layers: RecurrentLayers) -> None:
+        self._layers = layers
+
+    def input_gates(self, layer: int, reverse: bool, rows: Tensor) -> Tensor:
+        weight, _, bias, _ = self._layers.parameters_of(layer, reverse)
+        return onednn_linear(rows, weight, bias)
+
+    def recurrent_weight(self, layer: int, reverse: bool) -> Tensor:
+        return self._layers.parameters_of(layer, reverse)[1]

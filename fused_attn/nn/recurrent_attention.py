@@ -265,20 +265,20 @@ class RecurrentAttention(nn.Module):
             state = self.initial(memory)
         check_state(state, memory, 1, self._kept)
         q = self._project_query(query, memory)
+        if q.size(2) == 0:
+            return self._empty(memory, state)
         if self.is_recurrent:
-            contexts, weights = [], []
+            rows = []
             for t in range(q.size(2)):
-                context, row, state = self._step(q[:, :, t : t + 1], memory, state)
-                contexts.append(context)
-                weights.append(row)
-            if not contexts:
-                return self._empty(memory, state)
-            return self._merge(torch.cat(contexts, 2)), torch.cat(weights, 1), state
+                row = self._weights(q[:, :, t : t + 1], memory, state)
+                state = _after(state, row)
+                rows.append(row)
+            # The contexts come last: one product, and in the backward one gradient of the values.
+            heads = torch.cat(rows, 2)
+            return self._merge(weighted(heads, memory.value)), heads.mean(1), state
         if state.previous is None:
             context, heads = self._attend(q, memory, None)
             return self._merge(context), heads.mean(1), state
-        if q.size(2) == 0:
-            return self._empty(memory, state)
         heads = self._align(self._energy(q, memory, None), state.previous[:, 0])
         state = AttentionState(heads[:, None, :, -1])
         return self._merge(weighted(heads, memory.value)), heads.mean(1), state
@@ -305,26 +305,20 @@ class RecurrentAttention(nn.Module):
         check_query(query, memory, self.query_size)
         check_state(state, memory, query.size(1), self._kept)
         q = self._project_query(query, memory)
-        context, weights, state = self._step(q, memory, state)
-        return self._merge(context), weights, state
+        if self.monotonic:
+            heads = self._weights(q, memory, state)
+            context = weighted(heads, memory.value)
+        else:
+            context, heads = self._attend(q, memory, self._features(state, q.dtype))
+        return self._merge(context), heads.mean(1), _after(state, heads)
 
-    def _step(
-        self, q: Tensor, memory: AttentionMemory, state: AttentionState
-    ) -> tuple[Tensor, Tensor, AttentionState]:
-        """Queries ``[B, H, K, E]`` to the heads' contexts ``[B, H, K, D]``."""
+    def _weights(self, q: Tensor, memory: AttentionMemory, state: AttentionState) -> Tensor:
+        """Weights ``[B, H, K, S]`` of one step, where it depends on those before."""
         features = self._features(state, q.dtype)
         if self.monotonic and state.previous is not None:
             energy = self._energy(q, memory, features)[..., None, :]  # [B, H, K, 1, S]
-            weights = self._align(energy, state.previous.transpose(1, 2)).squeeze(-2)
-            context = weighted(weights, memory.value)
-        else:
-            context, weights = self._attend(q, memory, features)
-        heads = weights.transpose(1, 2)  # [B, K, H, S]
-        state = AttentionState(
-            None if state.previous is None else heads,
-            None if state.coverage is None else state.coverage + heads,
-        )
-        return context, weights.mean(1), state
+            return self._align(energy, state.previous.transpose(1, 2)).squeeze(-2)
+        return softmax(self._scores(q, memory, features), memory.visible())
 
     def _attend(
         self, q: Tensor, memory: AttentionMemory, features: Tensor | None
@@ -340,27 +334,32 @@ class RecurrentAttention(nn.Module):
                 feature_weight=self.feature_weight,
                 key_lengths=memory.lengths,
             )
-        weights = softmax(products(q, memory.key), memory.visible())
+        weights = softmax(self._scores(q, memory, features), memory.visible())
         return weighted(weights, memory.value), weights
+
+    def _scores(self, q: Tensor, memory: AttentionMemory, features: Tensor | None) -> Tensor:
+        """``[B, H, T, S]``, anything behind the lengths."""
+        if self.score_weight is None:
+            return products(q, memory.key)
+        weight: Tensor = self.score_weight
+        if self.score_gain is not None:
+            weight = (F.normalize(weight, dim=1) * self.score_gain[:, None]).to(weight.dtype)
+        return additive_scores(
+            q,
+            memory.key,
+            weight,
+            features=features,
+            feature_weight=self.feature_weight,
+            key_lengths=memory.lengths,
+        )
 
     def _energy(self, q: Tensor, memory: AttentionMemory, features: Tensor | None) -> Tensor:
         """Logits of choosing a position ``[B, H, T, S]``, -inf behind the lengths."""
         assert self.score_bias is not None
-        if self.score_weight is not None and self.score_gain is not None:
-            v = F.normalize(self.score_weight, dim=1) * self.score_gain[:, None]
-            scores = additive_scores(
-                q,
-                memory.key,
-                v.to(self.score_weight.dtype),
-                features=features,
-                feature_weight=self.feature_weight,
-                key_lengths=memory.lengths,
-            )
-        else:
-            scores = products(q, memory.key)
-            visible = memory.visible()
-            if visible is not None:
-                scores = scores.masked_fill(~visible[:, None, None], -math.inf)
+        scores = self._scores(q, memory, features)
+        visible = memory.visible()
+        if visible is not None:
+            scores = scores.masked_fill(~visible[:, None, None], -math.inf)
         return scores + self.score_bias[:, None, None].to(scores.dtype)
 
     def _align(self, energy: Tensor, previous: Tensor) -> Tensor:
@@ -415,6 +414,15 @@ class RecurrentAttention(nn.Module):
         B, _, S, _ = memory.value.shape
         weights = memory.value.new_zeros(B, 0, S, dtype=weights_dtype(memory))
         return self._merge(memory.value[:, :, :0]), weights, state
+
+
+def _after(state: AttentionState, weights: Tensor) -> AttentionState:
+    """The state after a step with weights ``[B, H, K, S]``."""
+    heads = weights.transpose(1, 2)
+    return AttentionState(
+        None if state.previous is None else heads,
+        None if state.coverage is None else state.coverage + heads,
+    )
 
 
 def _xavier(weight: Tensor, inputs: int, outputs: int) -> None:

@@ -212,6 +212,8 @@ def test_a_source_of_length_0_is_nothing(model: RNNSeq2Seq) -> None:
     model.train()
     outputs = model.outputs(source, target, lengths)
     assert all(part is None or not part.isnan().any() for part in outputs[:2])
+    state = model._read(source, lengths).beginning.state
+    assert not any(part[:, 0].any() for part in state)
     if outputs.attention is not None:
         assert not outputs.attention[0].any()
     following = torch.full((2, 3), 2)

@@ -229,7 +229,7 @@ CASES: tuple[RecurrentCellCase | RecurrentLayerCase, ...] = (
     _layer("no_sequences", "gru", (), 16, kind="edge"),
     _layer("size_1", "gru", (4, 2), 1, kind="edge"),
     _layer("transposed_weight", "lstm", (4, 2), 20, transposed_weight=True, kind="edge"),
-    _layer("many_rows", "gru", (3,) * 300, 40, kind="edge"),
+    _layer("many_rows", "gru", (3,) * 100, 40, kind="edge"),
     _benchmark("lstm", 64, 512),
     _benchmark("gru", 64, 512),
     _benchmark("tanh", 64, 512),

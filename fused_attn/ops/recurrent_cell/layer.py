@@ -52,7 +52,8 @@ def recurrent_layer(
         hidden: ``[B, H]``: the states before the first step, of at least ``batch_sizes[0]``
             sequences.
         cell: ``[B, H]``, of an LSTM; the other kinds do not look at it.
-        weight: ``[G H, H]``, the recurrent weight.
+        weight: ``[G H, H]``, the recurrent weight. Where no gradient is needed the ``cpu`` backend
+            also takes one in oneDNN's layout, and then need not make it.
         bias: ``[G H]``; default: none.
         kind: ``"lstm"``, ``"gru"``, ``"tanh"`` or ``"relu"``.
         reverse: From the last step to the first.
