@@ -116,10 +116,12 @@ def draw(heats: Sequence[Heat], path: Path) -> None:
         squeeze=False,
     )
     image = None
+    largest = max(float(heat.weights.max()) for heat in heats)
     for axes, heat in zip(row[0], heats, strict=True):
-        image = axes.imshow(heat.weights.numpy(), cmap="magma", vmin=0.0, vmax=1.0, aspect="auto")
+        weights = heat.weights.numpy()
+        image = axes.imshow(weights, cmap="magma", vmin=0.0, vmax=largest, aspect="auto")
         if heat.columns is None:
-            axes.set_xlabel("source: frames that the encoder joined")
+            axes.set_xlabel("source: positions that the encoder made of its frames")
         else:
             axes.set_xticks(
                 range(len(heat.columns)),

@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recordings", type=int, default=4000, metavar="N", help="default: 4000")
     parser.add_argument("--test", type=int, default=100, metavar="N", help="default: 100")
     parser.add_argument("--letters", type=int, default=10, metavar="N", help="default: 10")
+    parser.add_argument(
+        "--time-reduction", type=int, default=1, metavar="N", help="frames a position; default: 1"
+    )
     parser.add_argument("--noise", type=float, default=0.5, metavar="X", help="default: 0.5")
     parser.add_argument(
         "--longest", type=int, default=30, metavar="N", help="letters of a text; default: 30"
@@ -85,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = RNNSeq2SeqConfig(
             target_vocab_size=len(vocabulary),
             source_features=speech.features,
+            time_reduction=arguments.time_reduction,
             embedding_size=arguments.hidden,
             hidden_size=arguments.hidden,
             num_encoder_layers=1,

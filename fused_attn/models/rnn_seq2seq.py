@@ -24,6 +24,11 @@ class RNNSeq2Seq(RNNDecoding):
     stands behind a length is never looked at, and what comes out there is unspecified. A source of
     length 0 is read as zeros, without a gradient.
 
+    On a CPU, in fp32, generation computes with a packed copy of the weights, as a ``Transformer``
+    does. There a sentence's logits have the same bits in every batch, but for models with
+    multiplicative attention (``dot``, ``general``, ``scaled_dot``) or CopyNet's scores, which are
+    plain matrix products of queries and keys.
+
     ``S'`` is the number of positions that the encoder sees: S, or ``ceil(S / time_reduction)``.
 
     Args:

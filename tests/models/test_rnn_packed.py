@@ -34,7 +34,6 @@ EXACT = [
     "additive",
     "monotonic",
     "pointer_generator",
-    "pointer",
     "pointer_feeding",
 ]
 

@@ -173,8 +173,13 @@ class CopyDistributionCase(Case):
         return self._rows * row + sources * self.positions * 8
 
 
+_ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def _edge(name: str, **options: Any) -> CopyDistributionCase:
+    """In fp32, since a dtype is but a matter of loads and stores."""
     sizes: dict[str, Any] = {"leading": (3, 2), "vocabulary": 37, "positions": 6}
+    sizes["dtypes"] = (torch.float32,)
     return CopyDistributionCase(name=name, kind="edge", **(sizes | options))
 
 
@@ -224,30 +229,30 @@ CASES: tuple[CopyDistributionCase, ...] = (
         gradcheck=True,
     ),
     *_both("repeated", positions=40, repeated=5),
-    *_both("repeated_copynet", positions=40, repeated=5, gate=False),
-    *_both("own_sources", one_source=False, layout="transposed"),
-    *_both("own_sources_copynet", one_source=False, layout="transposed", gate=False),
+    *_both("repeated_copynet", positions=40, repeated=5, gate=False, dtypes=_ALL_DTYPES),
+    *_both("own_sources", one_source=False, layout="transposed", dtypes=_ALL_DTYPES),
     *_both("one_row_each", leading=(7,), lengths=(6, 0, 1, 6, 5, 2, 3), layout="sliced"),
-    *_both("masked", masked=0.4),
-    *_both("masked_copynet", masked=0.4, gate=False, lengths=(6, 3, 0)),
+    *_both("masked", masked=0.4, gate=False, lengths=(6, 3, 0), dtypes=_ALL_DTYPES),
     *_both("nothing_generated", nothing="generated"),
-    *_both("nothing_generated_copynet", nothing="generated", gate=False),
+    _edge("words_nothing_generated_copynet", nothing="generated", gate=False, all_words=True),
     *_both("nothing_at_all", nothing="at all", gate=False, vocabulary=5),
-    *_both("no_weights", no_weights=True),
-    *_both("large_logits", scale=30.0),
-    *_both("large_logits_copynet", scale=30.0, gate=False),
+    _edge("words_no_weights", no_weights=True, all_words=True),
+    *_both("large_logits", scale=30.0, dtypes=_ALL_DTYPES),
+    _edge("words_large_logits_copynet", scale=30.0, gate=False, all_words=True),
     *_both("closed_gate", gate_offset=-30.0),
     *_both("open_gate", gate_offset=30.0),
-    *_both("fp32_copy", fp32_copy=True, layout="columns_first"),
-    *_both("fp32_copy_copynet", fp32_copy=True, gate=False),
-    *_both("no_source", positions=0),
-    *_both("no_source_copynet", positions=0, gate=False),
+    _edge("nll_fp32_copy", fp32_copy=True, layout="columns_first", dtypes=_ALL_DTYPES),
+    _edge(
+        "words_fp32_copy_copynet", fp32_copy=True, gate=False, all_words=True, dtypes=_ALL_DTYPES
+    ),
+    _edge("words_no_source", positions=0, all_words=True),
+    _edge("nll_no_source_copynet", positions=0, gate=False),
     *_both("empty_sources", lengths=(0, 0, 0)),
     *_both("no_rows", leading=(0, 3)),
     *_both("pointer_network", vocabulary=3, positions=17, extra=17, gate=False, lengths=(17, 9, 1)),
     *_both("one_word", vocabulary=1, positions=5, extra=3, gate=False),
-    *_both("vocabulary_2053", leading=(2, 1, 2), vocabulary=2053, positions=67),
-    *_both("vocabulary_8192_copynet", leading=(2, 2), vocabulary=8192, positions=64, gate=False),
+    *_both("vocabulary_2053", leading=(2, 1, 2), vocabulary=2053, positions=67, dtypes=_ALL_DTYPES),
+    _edge("nll_vocabulary_8192_copynet", leading=(2, 2), vocabulary=8192, positions=64, gate=False),
     _benchmark("nll_1024x32000_gate", (16, 64), 32000, 64),
     _benchmark("nll_1024x32000_copynet", (16, 64), 32000, 64, gate=False),
     _benchmark("words_64x32000_gate", (16, 4), 32000, 64, all_words=True),
