@@ -227,6 +227,25 @@ def test_a_source_of_length_0_is_nothing(model: RNNSeq2Seq) -> None:
             assert not parameter.grad.any(), name
 
 
+def test_reversed_sources() -> None:
+    """Reading from the end is reading the reversed source; memory keeps the source's own order."""
+    model, plain = make(reverse_source=True), make()
+    source, lengths = sources(model, 5, 2, 7)
+    target = targets(model, (3, 4))
+    backwards = source.clone()
+    for row, n in zip(backwards, lengths.tolist(), strict=True):
+        row[:n] = row[:n].flip(0)
+    found = model.outputs(source, target, lengths)
+    expected = plain.outputs(backwards, target, lengths)
+    close(found.hidden, expected.hidden)
+    assert found.attention is not None
+    assert expected.attention is not None
+    for i, n in enumerate(lengths.tolist()):
+        close(found.attention[i, :, :n], expected.attention[i, :, :n].flip(1))
+        alone = model.outputs(source[i : i + 1, :n], target[i : i + 1])
+        close(alone.hidden[0], expected.hidden[i])
+
+
 # --- losses -------------------------------------------------------------------------------------
 
 
