@@ -80,6 +80,15 @@ static void for_kind(DType dtype, DType state_dtype, Cell cell, Run&& run) {
   }
 }
 
+// Calls body(i, lanes) for each vector of a row. The body is long, so that nothing is gained by
+// unrolling as `for_vectors` does, and a call of it would pass all that it captures in memory.
+template <typename Body>
+FUSED_ATTN_INLINE void for_long_vectors(int64_t width, Body&& body) {
+  int64_t i = 0;
+  for (; i + kVec <= width; i += kVec) body(i, FullVec{});
+  if (i < width) body(i, width - i);
+}
+
 // The type of new_hidden.
 template <typename T, typename S, Cell kCell>
 using Hidden = std::conditional_t<kCell == Cell::kGru, S, T>;
@@ -98,7 +107,7 @@ static void forward_rows(const RecurrentCellForward& p, int64_t begin, int64_t e
     const Gates<T> gates{row_of<T>(p.input_gates, r), row_of<T>(p.hidden_gates, r), H};
     const S* state = p.state.data ? row_of<S>(p.state, r) : nullptr;
     auto* new_hidden = static_cast<Hidden<T, S, kCell>*>(p.new_hidden) + r * H;
-    for_vectors(H, [&](int64_t i, auto lanes, int) {
+    for_long_vectors(H, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       if constexpr (kCell == Cell::kLstm) {
         const Vec input = sigmoid_with_slope(gates.sum(0, i, lanes)).value;
         const Vec forget = sigmoid_with_slope(gates.sum(1, i, lanes)).value;
@@ -144,7 +153,7 @@ static void backward_rows(const RecurrentCellBackward& p, int64_t begin, int64_t
     const S* grad_cell = p.grad_cell.data ? row_of<S>(p.grad_cell, r) : nullptr;
     T* grad_gates = static_cast<T*>(p.grad_gates) + r * G * H;
     S* grad_state = p.grad_state ? static_cast<S*>(p.grad_state) + r * H : nullptr;
-    for_vectors(H, [&](int64_t i, auto lanes, int) {
+    for_long_vectors(H, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       const Vec grad = grad_hidden ? load_lanes(grad_hidden + i, lanes) : Vec{};
       if constexpr (kCell == Cell::kLstm) {
         const Sigmoid input = sigmoid_with_slope(gates.sum(0, i, lanes));

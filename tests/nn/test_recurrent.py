@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fused_attn.nn import RecurrentLayers
+from fused_attn.nn._onednn_linear import _OneDNNLinear, onednn_linear
+from fused_attn.nn.packed import packing_unavailable_reason
 
 KINDS = ("lstm", "gru", "tanh", "relu")
 B, T, INPUT, H = 5, 7, 6, 9
@@ -177,6 +179,24 @@ def test_steps_make_the_whole(kind: str) -> None:
         split, apart = ours.step(x[:, t, 4:], apart, together[t])
         close(split, expected[:, t])
     close(torchs(kind, state), expected_final)
+
+
+@pytest.mark.parametrize("rows", [255, 300], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_onednns_product_is_a_linear_layers(rows: int, bias: bool) -> None:
+    leaves = [draw(rows, 24), draw(40, 24, seed=1), *([draw(40, seed=2)] if bias else [])]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    x, weight, added = (*leaves, None)[:3]
+    grad = draw(40, rows, seed=3).t()
+    expected = nn.functional.linear(x, weight, added)
+    output = onednn_linear(x, weight, added)
+    assert isinstance(output.grad_fn, _OneDNNLinear._backward_cls) == (
+        rows == 300 and packing_unavailable_reason() == ""
+    )
+    close(output, expected)
+    results = [torch.autograd.grad(y, leaves, grad) for y in (output, expected)]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_copies_and_autocast() -> None:
