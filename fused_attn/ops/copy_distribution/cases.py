@@ -205,18 +205,19 @@ def _benchmark(
 CASES: tuple[CopyDistributionCase, ...] = (
     *(
         CopyDistributionCase(
-            name=f"typical_{'words' if all_words else 'nll'}_{'gate' if gate else 'copynet'}",
+            name=name,
             kind="typical",
-            leading=(2, 4),
+            leading=(2, 2),
             vocabulary=50,
             positions=7,
             gate=gate,
-            all_words=all_words,
+            all_words=not gate,
             lengths=(7, 4),
         )
-        for all_words in (False, True)
-        for gate in (True, False)
+        for name, gate in (("typical_nll", True), ("typical_words_copynet", False))
     ),
+    _edge("words_lengths", lengths=(6, 2, 4), all_words=True),
+    _edge("nll_lengths_copynet", lengths=(6, 2, 4), gate=False),
     *_both("smooth", leading=(2, 3), vocabulary=5, positions=4, gradcheck=True),
     *_both(
         "smooth_copynet",

@@ -54,6 +54,12 @@ def accurate_exp(x):
 
 
 @triton.jit
+def log(x):
+    """Natural logarithm of x >= 0; -inf for 0."""
+    return tl.where(x == 0.0, float("-inf"), tl.log(tl.where(x == 0.0, 1.0, x)))
+
+
+@triton.jit
 def log_1_plus(x):
     """log(1 + x) for x >= 0, exact where 1 + x is not."""
     u = 1.0 + x
@@ -120,7 +126,7 @@ def sum_of_chunks(sums_ptr, row, chunks, CHUNKS: tl.constexpr):
     maxima = tl.load(at, mask=offs < chunks, other=float("-inf"))
     sums = tl.load(at + chunks, mask=offs < chunks, other=0.0)
     largest = tl.max(maxima, 0)
-    return largest + tl.log(tl.sum(sums * exp(maxima - finite(largest)), 0))
+    return largest + log(tl.sum(sums * exp(maxima - finite(largest)), 0))
 
 
 @triton.jit
@@ -135,7 +141,7 @@ def sum_of_scores(copy_ptr, tokens_ptr, length, BLOCK_S: tl.constexpr):
         largest = tl.maximum(largest, score)
         sums = sums * exp(former - finite(largest)) + exp(score - finite(largest))
     high = tl.max(largest, 0)
-    return high + tl.log(tl.sum(sums * exp(largest - finite(high)), 0))
+    return high + log(tl.sum(sums * exp(largest - finite(high)), 0))
 
 
 @triton.jit
@@ -174,7 +180,7 @@ def terms_of(generated, largest, copied, copy_log, HAS_GATE: tl.constexpr):
         high; the terms of generating and of copying; the factor of a weight.
     """
     if HAS_GATE:
-        high = finite(tl.maximum(generated, tl.log(copied) + copy_log))
+        high = finite(tl.maximum(generated, log(copied) + copy_log))
         factor = accurate_exp(tl.minimum(copy_log - high, _LIMIT))
         copied = copied * factor
     else:
@@ -360,7 +366,7 @@ def nll_kernel(
         HAS_GATE,
         BLOCK_S,
     )
-    nll = -(high + tl.log(generated + copied))
+    nll = -(high + log(generated + copied))
     if not HAS_GATE:
         nll += lse
     is_ignored = target == ignore_index
@@ -475,7 +481,7 @@ def copied_words_kernel(
             HAS_GATE,
             BLOCK_S,
         )
-        log_probs = high + tl.log(generated + copied)
+        log_probs = high + log(generated + copied)
         if not HAS_GATE:
             log_probs -= lse
         # Positions of one word store one number.
