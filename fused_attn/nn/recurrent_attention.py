@@ -46,7 +46,8 @@ class RecurrentAttention(nn.Module):
     (Raffel et al., 2017). v becomes g v / |v|. In training the weights are expectations, with
     normal noise of standard deviation ``monotonic_noise`` before the sigmoid; in evaluation each
     step takes the first position of probability 1/2 or more. A step that finds none has weights and
-    context 0, and so have all after it. Before the first step position 0 has the weight.
+    context 0, and so have all after it. Before the first step position 0 has the weight. Under
+    ``torch.compile`` training breaks the graph where the expectations are made.
 
     A decoder uses it so; ``step`` is ``forward`` for one step of K targets a source:
 
