@@ -43,8 +43,8 @@ struct Tangent {
 
 // As `tanh` of vec.h, in fewer operations: e^2x - 1 is taken without cancellation, and 1 is reached
 // before anything overflows. 2x is scaled to base 2 in one step, since the error that this leaves
-// in e^2x where it is large does not reach the quotient. Neither end of the derivative cancels, as
-// 1 - tanh^2 does.
+// in e^2x where it is large does not reach the quotient. The derivative is 1 - tanh^2 near 0, where
+// that rounds once, and e^2x (2 / (e^2x + 1))^2 where it would cancel.
 FUSED_ATTN_INLINE Tangent tangent(Vec x) {
   constexpr float kMost = 60.0f;
   const Vec scaled = x * 2.88539008177792681f;
@@ -63,8 +63,12 @@ FUSED_ATTN_INLINE Tangent tangent(Vec x) {
   const Vec power = as_vec(reinterpret_cast<VecI>(shifted) << 23);
   const Vec less_one = p * power + (power - 1.0f);
   const Vec inverse = reciprocal(less_one + 2.0f);
-  const Vec slope = (p * power + power) * inverse * inverse;
-  return {less_one * inverse, select(magnitude(scaled) > broadcast(kMost), Vec{}, slope)};
+  const Vec value = less_one * inverse;
+  const Vec half = 0.5f * value;
+  const Vec size = magnitude(scaled);
+  Vec slope = (p * power + power) * inverse * inverse;
+  slope = select(size > broadcast(kMost), Vec{}, slope);
+  return {value, select(size < broadcast(2.0f), 0.25f - half * half, slope)};
 }
 
 // --- rows --------------------------------------------------------------------------------------
