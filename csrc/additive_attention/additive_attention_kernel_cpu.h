@@ -18,7 +18,7 @@
 namespace fused_attn {
 namespace FUSED_ATTN_ISA {
 
-// --- functions ----------------------------------------------------------------------------------
+// --- functions ---------------------------------------------------------------------------------
 
 // 1 / x to about 1 unit in the last place, for normal x whose reciprocal is normal.
 FUSED_ATTN_INLINE Vec reciprocal(Vec x) {
@@ -35,12 +35,21 @@ FUSED_ATTN_INLINE Vec reciprocal(Vec x) {
 #endif
 }
 
-// As `tanh`, in fewer operations: e^2x - 1 is taken without cancellation, and 1 is reached before
-// it overflows. 2x is scaled to base 2 in one step, since the error that this leaves in e^2x where
-// it is large does not reach the quotient.
-FUSED_ATTN_INLINE Vec tanh_of_sum(Vec x) {
+// tanh(x), and a quarter of its derivative.
+struct Tangent {
+  Vec value;
+  Vec quarter_slope;
+};
+
+// As `tanh` of vec.h, in fewer operations: e^2x - 1 is taken without cancellation, and 1 is reached
+// before anything overflows. 2x is scaled to base 2 in one step, since the error that this leaves
+// in e^2x where it is large does not reach the quotient. The derivative is 1 - tanh^2 near 0, where
+// that rounds once, and e^2x (2 / (e^2x + 1))^2 where it would cancel.
+FUSED_ATTN_INLINE Tangent tangent(Vec x) {
+  constexpr float kMost = 60.0f;
+  const Vec scaled = x * 2.88539008177792681f;
   // The constants are the first operands, so that NaN passes.
-  const Vec y = min(broadcast(30.0f), max(broadcast(-30.0f), x * 2.88539008177792681f));
+  const Vec y = min(broadcast(kMost), max(broadcast(-kMost), scaled));
   const Vec shifted = y + kExponent;
   const Vec r = y - (shifted - kExponent);
   // (2^r - 1) / r with the coefficients of `exp2_of_negative`.
@@ -50,13 +59,19 @@ FUSED_ATTN_INLINE Vec tanh_of_sum(Vec x) {
   p = p * r + 5.5503287784e-2f;
   p = p * r + 2.402264689e-1f;
   p = p * r + 6.9314720574e-1f;
+  p = p * r;
   const Vec power = as_vec(reinterpret_cast<VecI>(shifted) << 23);
-  const Vec less_one = p * r * power + (power - 1.0f);
-  return less_one * reciprocal(less_one + 2.0f);
+  const Vec less_one = p * power + (power - 1.0f);
+  const Vec inverse = reciprocal(less_one + 2.0f);
+  const Vec value = less_one * inverse;
+  const Vec half = 0.5f * value;
+  const Vec size = magnitude(scaled);
+  Vec slope = (p * power + power) * inverse * inverse;
+  slope = select(size > broadcast(kMost), Vec{}, slope);
+  return {value, select(size < broadcast(2.0f), 0.25f - half * half, slope)};
 }
 
-// --- rows
-// -----------------------------------------------------------------------------------------
+// --- rows --------------------------------------------------------------------------------------
 
 template <typename T>
 FUSED_ATTN_INLINE const T* head_of(const SequenceRows& rows, int64_t b, int64_t h) {
@@ -76,7 +91,7 @@ FUSED_ATTN_INLINE void copy_row(const T* row, int64_t size, int64_t columns, flo
     store(out + i, change(i < size ? load_partial(row + i, size - i) : Vec{}));
 }
 
-// --- what takes part --------------------------------------------------------------------------
+// --- what takes part ---------------------------------------------------------------------------
 
 // Of some queries of a head: those that see a key, and the keys that one of them sees.
 struct Visible {
@@ -135,8 +150,7 @@ static inline void point_at_rows(const T* head, int64_t stride, const int32_t* n
   for (int64_t i = 0; i < count; ++i) rows[i] = head + numbers[i] * stride;
 }
 
-// --- products
-// -------------------------------------------------------------------------------------
+// --- products ----------------------------------------------------------------------------------
 
 // Calls `strip(first, integral_constant of how many)` for four of `count` at a time, two, one.
 template <typename Strip>
@@ -294,8 +308,7 @@ static inline bool suits_products(const Range& range, float weight_squares) {
          reduce_add(range.squares) >= kLeastSquare * weight_squares;
 }
 
-// --- scores
-// ---------------------------------------------------------------------------------------
+// --- scores ------------------------------------------------------------------------------------
 
 // Keys whose exponentials are in the cache at a time, beside those of all queries of the block.
 constexpr int64_t kKeyTile = 16;
@@ -453,7 +466,7 @@ static void scores_of_sums(const AdditiveInputs& in, const Visible& visible, int
                          scratch.feature_weight.data() + e, columns, x);
           const Vec w = load(weight + e);
 #pragma GCC unroll 4
-          for (int c = 0; c < kKeyGroup; ++c) part[c] += w * tanh_of_sum(x[c]);
+          for (int c = 0; c < kKeyGroup; ++c) part[c] += w * tangent(x[c]).value;
         };
         int64_t e = 0;
         for (; e + kVec <= in.size; e += kVec) step(e, FullVec{});
@@ -476,8 +489,7 @@ static inline void load_weights(const AdditiveInputs& in, int64_t h, ScoreScratc
              scratch.feature_weight.data() + f * scratch.columns, same);
 }
 
-// --- forward
-// --------------------------------------------------------------------------------------
+// --- forward -----------------------------------------------------------------------------------
 
 // In place, over `count` scores; the row has room for whole vectors.
 static inline void softmax(float* row, int64_t count) {
@@ -573,8 +585,7 @@ void additive_attention_forward(const AdditiveForward& p, int64_t begin, int64_t
   for_dtype(p.in.dtype, [&](auto element) { forward_blocks<decltype(element)>(p, begin, end); });
 }
 
-// --- backward: scores and values
-// ------------------------------------------------------------------
+// --- backward: scores and values ---------------------------------------------------------------
 
 template <typename T>
 static void grad_scores_of_heads(const AdditiveBackward& p, int64_t begin, int64_t end) {
@@ -642,29 +653,19 @@ void additive_attention_grad_scores(const AdditiveBackward& p, int64_t begin, in
             [&](auto element) { grad_scores_of_heads<decltype(element)>(p, begin, end); });
 }
 
-// --- backward: queries, keys and score_weight -------------------------------------------------
+// --- backward: queries, keys and score_weight --------------------------------------------------
 
-// From a pair's rows, as its form has them, the tangent and its derivative, but for factors.
+// Of the sum of a pair's rows; where products serve, of its rows' exponentials e^2q and e^2k.
 template <bool kIsProduct>
-struct Slope {
-  Vec value;
-  Vec slope;
-
-  FUSED_ATTN_INLINE Slope(Vec q, Vec k) {
-    if constexpr (kIsProduct) {
-      // With r = 1 / (1 + e^2q e^2k): tanh = 2 (1/2 - r), and its derivative 4 (r - r^2).
-      const Vec r = reciprocal(q * k + 1.0f);
-      value = 0.5f - r;
-      slope = r - r * r;
-    } else {
-      value = tanh_of_sum(q + k);
-      slope = 1.0f - value * value;
-    }
+FUSED_ATTN_INLINE Tangent pair_tangent(Vec q, Vec k) {
+  if constexpr (kIsProduct) {
+    const Vec below = reciprocal(q * k + 1.0f);
+    const Vec above = q * k * below;
+    return {above - below, above * below};
+  } else {
+    return tangent(q + k);
   }
-
-  static constexpr float kValueFactor = kIsProduct ? 2.0f : 1.0f;
-  static constexpr float kSlopeFactor = kIsProduct ? 4.0f : 1.0f;
-};
+}
 
 // Keys whose contributions are summed by themselves before they are added up: the error of a sum
 // grows with how many numbers follow one another.
@@ -676,7 +677,6 @@ constexpr int64_t kSumTile = 64;
 template <bool kIsProduct>
 static Vec pairs_backward(const float* grad, int64_t queries, int64_t keys, float* q,
                           const float* k, float* grad_k) {
-  using S = Slope<kIsProduct>;
   for (int64_t j = 0; j < keys; ++j) store(grad_k + j * kVec, Vec{});
   Vec grad_weight{};
   for_strips(queries, [&](int64_t first, auto strip) {
@@ -695,10 +695,10 @@ static Vec pairs_backward(const float* grad, int64_t queries, int64_t keys, floa
         Vec of_key{};
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          const S pair(x[r], key);
+          const Tangent pair = pair_tangent<kIsProduct>(x[r], key);
           const Vec g = broadcast(rows[r * keys + j]);
-          of_query[r] += g * pair.slope;
-          of_key += g * pair.slope;
+          of_query[r] += g * pair.quarter_slope;
+          of_key += g * pair.quarter_slope;
           of_weight += g * pair.value;
         }
         store(grad_k + j * kVec, load(grad_k + j * kVec) + of_key);
@@ -708,11 +708,10 @@ static Vec pairs_backward(const float* grad, int64_t queries, int64_t keys, floa
       grad_weight += of_weight;
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) store(q + (first + r) * kVec, grad_query[r] * S::kSlopeFactor);
+    for (int r = 0; r < kRows; ++r) store(q + (first + r) * kVec, 4.0f * grad_query[r]);
   });
-  for (int64_t j = 0; j < keys; ++j)
-    store(grad_k + j * kVec, load(grad_k + j * kVec) * S::kSlopeFactor);
-  return grad_weight * S::kValueFactor;
+  for (int64_t j = 0; j < keys; ++j) store(grad_k + j * kVec, 4.0f * load(grad_k + j * kVec));
+  return grad_weight;
 }
 
 template <typename T>
@@ -792,7 +791,7 @@ void additive_attention_backward(const AdditiveBackward& p, int64_t begin, int64
   for_dtype(p.in.dtype, [&](auto element) { backward_groups<decltype(element)>(p, begin, end); });
 }
 
-// --- backward, with features --------------------------------------------------------------------
+// --- backward, with features -------------------------------------------------------------------
 
 // What the gradients of one query are added to, and made from.
 struct FeatureBackward {
@@ -817,7 +816,7 @@ static void group_backward(const AdditiveInputs& in, const FeatureBackward& to,
   const float* feature_weight = to.scratch.feature_weight.data();
   const auto step = [&](int64_t e, auto lanes) {
     const Vec base = load(to.query + e);
-    const Vec weight = load(to.scratch.weight.data() + e);
+    const Vec weight = 4.0f * load(to.scratch.weight.data() + e);
     Vec x[kKeyGroup];
 #pragma GCC unroll 4
     for (int c = 0; c < kKeyGroup; ++c) x[c] = base + load_lanes(rows[c] + e, lanes);
@@ -827,9 +826,9 @@ static void group_backward(const AdditiveInputs& in, const FeatureBackward& to,
     Vec slope[kKeyGroup];
 #pragma GCC unroll 4
     for (int c = 0; c < kKeyGroup; ++c) {
-      const Vec value = tanh_of_sum(x[c]);
-      grad_weight += grad[c] * value;
-      slope[c] = grad[c] * weight * (1.0f - value * value);
+      const Tangent pair = tangent(x[c]);
+      grad_weight += grad[c] * pair.value;
+      slope[c] = grad[c] * weight * pair.quarter_slope;
       grad_query += slope[c];
       store(to.slopes + c * columns + e, slope[c]);
     }
