@@ -183,6 +183,8 @@ def test_kernels_are_written_so_that_they_can_be_executed_on_a_cpu() -> None:
     "name",
     [
         "add_layer_norm",
+        "additive_attention",
+        "additive_scores",
         "attention",
         "beam_search_step",
         "bias_activation_dropout",

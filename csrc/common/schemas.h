@@ -16,6 +16,15 @@ inline void define_operators(torch::Library& m) {
       "bool is_rms, bool x_is_sum, ScalarType? grad_residual_dtype, bool need_x_bias, "
       "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "additive_attention_forward(Tensor query, Tensor key, Tensor? value, Tensor score_weight, "
+      "Tensor? features, Tensor? feature_weight, Tensor? mask, Tensor? key_lengths) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, "
+      "Tensor key, Tensor? value, Tensor score_weight, Tensor? features, Tensor? feature_weight, "
+      "Tensor? mask, Tensor? key_lengths, Tensor? weights, bool[6] needs) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "bias_activation_dropout_forward(Tensor x, Tensor? bias, Tensor? residual, Tensor? seed, "
       "str activation, bool gated, float dropout_p) -> Tensor");
   m.def(

@@ -17,6 +17,7 @@ from .tolerance import Comparison
 
 OPS = (
     "add_layer_norm",
+    "additive_attention",
     "attention",
     "beam_search",
     "bias_activation_dropout",

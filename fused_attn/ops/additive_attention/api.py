@@ -15,12 +15,12 @@ from .._check import (
     check_same,
     check_tensor,
 )
-from . import reference, triton
+from . import cpu, reference, triton
 from .contract import AdditiveInputs, additive_attention_fused
 from .reference import additive_attention_reference
 
 _OP = "additive_attention"
-BACKENDS = {"triton": triton, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
 
 
 def additive_attention(
