@@ -29,7 +29,7 @@ _MAX_SPLITS = 32
 _PRODUCT_ROWS = 16
 _PRODUCT_BYTES = 128
 # Registers of a thread: of the scores, and of everything else.
-_SCORES_REGISTERS = 168
+_SCORES_REGISTERS = 200
 _REGISTERS = 255
 # Elements of a program that sums slices.
 _SUM_ELEMENTS = 1024
@@ -83,6 +83,7 @@ def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
             S,
             pairs.F,
             BY_PAIR=_by_pair(T, pairs.F),
+            HAS_FEATURES=pairs.F > 0,
             **pairs.flags,
             **tile._asdict(),
             num_warps=1,
@@ -245,6 +246,7 @@ def _pair_gradients(
         splits,
         tiles_per_split,
         BY_PAIR=_by_pair(T, pairs.F),
+        HAS_FEATURES=pairs.F > 0,
         **pairs.flags,
         NEED_QUERY=grad_query.numel() > 0,
         NEED_KEY=grad_key.numel() > 0,

@@ -155,15 +155,17 @@ def tangents_of_pairs(
     stride_ff,
     num_features,
     e,
+    HAS_FEATURES: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """tanh(q + k + features @ feature_weight), each by itself; # [BLOCK_M, BLOCK_N, BLOCK_E]"""
     hidden = q[:, None, :] + k[None, :, :]
-    for f in range(0, num_features):
-        feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
-        weight = load_vector(feature_weight_ptr + f * E, e, E, BLOCK_E)
-        hidden += feature[:, :, None] * weight[None, None, :]
+    if HAS_FEATURES:
+        for f in range(0, num_features):
+            feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
+            weight = load_vector(feature_weight_ptr + f * E, e, E, BLOCK_E)
+            hidden += feature[:, :, None] * weight[None, None, :]
     tangent, _ = tanh(hidden)
     return tangent
 
@@ -207,6 +209,7 @@ def additive_scores_kernel(
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     BY_PAIR: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -255,6 +258,7 @@ def additive_scores_kernel(
                 stride_ff,
                 num_features,
                 e,
+                HAS_FEATURES,
                 E,
                 BLOCK_E,
             )
@@ -565,6 +569,7 @@ def additive_pair_gradient_kernel(
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     BY_PAIR: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
     NEED_QUERY: tl.constexpr,
     NEED_KEY: tl.constexpr,
     NEED_SCORE_WEIGHT: tl.constexpr,
@@ -639,6 +644,7 @@ def additive_pair_gradient_kernel(
                     stride_ff,
                     num_features,
                     e,
+                    HAS_FEATURES,
                     E,
                     BLOCK_E,
                 )
@@ -767,6 +773,7 @@ def additive_feature_gradient_kernel(
             stride_ff,
             num_features,
             e,
+            True,
             E,
             BLOCK_E,
         )
