@@ -132,10 +132,13 @@ def backward(
             grad_context = _contiguous_columns(grad_context)
         if grad_value.numel() > 0:
             _value_gradient(grad_context, weights, grad_value)
-        if any(gradient.numel() > 0 for gradient in gradients[:2] + gradients[3:]):
+        if all(gradient.numel() == 0 for gradient in gradients[:2] + gradients[3:]):
+            return gradients
+        if inputs.value is None:
+            assert grad_weights is not None  # of the scores, the one output
             grad_scores = grad_weights
-            if inputs.value is not None:
-                grad_scores = _score_gradient(grad_context, grad_weights, inputs.value, weights)
+        else:
+            grad_scores = _score_gradient(grad_context, grad_weights, inputs.value, weights)
         pair_gradients = (grad_query, grad_key, grad_score_weight, grad_feature_weight)
         if any(gradient.numel() > 0 for gradient in pair_gradients):
             _pair_gradients(inputs, grad_scores, *pair_gradients)

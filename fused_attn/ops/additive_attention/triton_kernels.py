@@ -92,7 +92,7 @@ def load_vector(pointer, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def load_rows(pointer, rows, exist, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """These columns of rows; 0 where there is no row or column. # [rows, BLOCK]"""
     mask = exist[:, None]
-    if WIDTH % BLOCK != 0:
+    if WIDTH % BLOCK != 0 or WIDTH == 0:
         mask = mask & (columns < WIDTH)[None, :]
     offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(pointer + offsets, mask=mask, other=0.0)
@@ -241,7 +241,7 @@ def additive_scores_kernel(
     offs_e = tl.arange(0, BLOCK_E)
 
     sums = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_E), tl.float32)
-    # Tiles behind a length have no components to go through.
+    # Tiles behind a length have no components to go through. Rows come while the last are computed.
     for start in tl.range(0, tl.where(pid_n * BLOCK_N < length, E, 0), BLOCK_E, num_stages=3):
         e = start + offs_e
         q = load_rows(q_ptr, t, looking, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
