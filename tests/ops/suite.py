@@ -30,6 +30,8 @@ class OpSuite:
     """(backend, case) pairs that the backend says it cannot run; exactly these refuse."""
     refused_dtypes: ClassVar[Mapping[str, tuple[torch.dtype, ...]]] = {}
     """By backend, dtypes in which it says that it cannot run any case."""
+    interpreted: ClassVar[frozenset[str]] = frozenset()
+    """The cases that run where Triton is interpreted, which takes long; empty: all."""
 
     @classmethod
     def refuses(cls, backend: str, case: Case, dtype: torch.dtype) -> bool:

@@ -28,6 +28,26 @@ ROOT = Path(__file__).resolve().parents[2]
 
 class TestAdditiveAttention(OpSuite):
     op = OP
+    # One of each kind: every branch of the kernels, every way to hide something.
+    interpreted = frozenset(
+        {
+            "typical",
+            "typical_features",
+            "typical_scores",
+            "no_keys",
+            "many_keys",
+            "one_query_19",
+            "queries_33",
+            "rows_hidden",
+            "nan_behind_key_mask",
+            "nan_in_hidden_features",
+            "empty_source_features",
+            "columns_first",
+            "small",
+            "opposite",
+            "one_large_column",
+        }
+    )
 
 
 def draw(*shape: int, seed: int = 7) -> Tensor:

@@ -320,7 +320,9 @@ def _launch_additive_attention(
     E: int = 512,
     D: int = 512,
     F: int = 0,
+    B: int = 8,
     T: int = 64,
+    S: int = 96,
     fp32_parameters: bool = True,
     masked: bool = True,
     scores: bool = False,
@@ -340,7 +342,7 @@ def _launch_additive_attention(
     def empty(*shape: int, kind: torch.dtype = floating) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    B, H, S = 8, 1, 96
+    H = 1
     inputs = AdditiveInputs(
         query=empty(B, H, T, E),
         key=empty(B, H, S, E),

@@ -29,7 +29,7 @@ _MAX_SPLITS = 32
 _PRODUCT_ROWS = 16
 _PRODUCT_BYTES = 128
 # Registers of a thread: of the scores, and of everything else.
-_SCORES_REGISTERS = 168
+_SCORES_REGISTERS = 200
 _REGISTERS = 255
 # Elements of a program that sums slices.
 _SUM_ELEMENTS = 1024
@@ -83,6 +83,7 @@ def forward(inputs: AdditiveInputs) -> tuple[Tensor, Tensor]:
             S,
             pairs.F,
             BY_PAIR=_by_pair(T, pairs.F),
+            HAS_FEATURES=pairs.F > 0,
             **pairs.flags,
             **tile._asdict(),
             num_warps=1,
@@ -131,10 +132,13 @@ def backward(
             grad_context = _contiguous_columns(grad_context)
         if grad_value.numel() > 0:
             _value_gradient(grad_context, weights, grad_value)
-        if any(gradient.numel() > 0 for gradient in gradients[:2] + gradients[3:]):
+        if all(gradient.numel() == 0 for gradient in gradients[:2] + gradients[3:]):
+            return gradients
+        if inputs.value is None:
+            assert grad_weights is not None  # of the scores, the one output
             grad_scores = grad_weights
-            if inputs.value is not None:
-                grad_scores = _score_gradient(grad_context, grad_weights, inputs.value, weights)
+        else:
+            grad_scores = _score_gradient(grad_context, grad_weights, inputs.value, weights)
         pair_gradients = (grad_query, grad_key, grad_score_weight, grad_feature_weight)
         if any(gradient.numel() > 0 for gradient in pair_gradients):
             _pair_gradients(inputs, grad_scores, *pair_gradients)
@@ -245,6 +249,7 @@ def _pair_gradients(
         splits,
         tiles_per_split,
         BY_PAIR=_by_pair(T, pairs.F),
+        HAS_FEATURES=pairs.F > 0,
         **pairs.flags,
         NEED_QUERY=grad_query.numel() > 0,
         NEED_KEY=grad_key.numel() > 0,

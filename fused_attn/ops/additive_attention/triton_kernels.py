@@ -92,7 +92,7 @@ def load_vector(pointer, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def load_rows(pointer, rows, exist, stride, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """These columns of rows; 0 where there is no row or column. # [rows, BLOCK]"""
     mask = exist[:, None]
-    if WIDTH % BLOCK != 0:
+    if WIDTH % BLOCK != 0 or WIDTH == 0:
         mask = mask & (columns < WIDTH)[None, :]
     offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(pointer + offsets, mask=mask, other=0.0)
@@ -155,15 +155,17 @@ def tangents_of_pairs(
     stride_ff,
     num_features,
     e,
+    HAS_FEATURES: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """tanh(q + k + features @ feature_weight), each by itself; # [BLOCK_M, BLOCK_N, BLOCK_E]"""
     hidden = q[:, None, :] + k[None, :, :]
-    for f in range(0, num_features):
-        feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
-        weight = load_vector(feature_weight_ptr + f * E, e, E, BLOCK_E)
-        hidden += feature[:, :, None] * weight[None, None, :]
+    if HAS_FEATURES:
+        for f in range(0, num_features):
+            feature = load_feature(features_ptr, feature_offsets, allowed, f, stride_ff)
+            weight = load_vector(feature_weight_ptr + f * E, e, E, BLOCK_E)
+            hidden += feature[:, :, None] * weight[None, None, :]
     tangent, _ = tanh(hidden)
     return tangent
 
@@ -207,6 +209,7 @@ def additive_scores_kernel(
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     BY_PAIR: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -238,7 +241,7 @@ def additive_scores_kernel(
     offs_e = tl.arange(0, BLOCK_E)
 
     sums = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_E), tl.float32)
-    # Tiles behind a length have no components to go through.
+    # Tiles behind a length have no components to go through. Rows come while the last are computed.
     for start in tl.range(0, tl.where(pid_n * BLOCK_N < length, E, 0), BLOCK_E, num_stages=3):
         e = start + offs_e
         q = load_rows(q_ptr, t, looking, stride_qt * STRIDE_UNIT, e, E, BLOCK_E).to(tl.float32)
@@ -255,6 +258,7 @@ def additive_scores_kernel(
                 stride_ff,
                 num_features,
                 e,
+                HAS_FEATURES,
                 E,
                 BLOCK_E,
             )
@@ -565,6 +569,7 @@ def additive_pair_gradient_kernel(
     HAS_MASK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     BY_PAIR: tl.constexpr,
+    HAS_FEATURES: tl.constexpr,
     NEED_QUERY: tl.constexpr,
     NEED_KEY: tl.constexpr,
     NEED_SCORE_WEIGHT: tl.constexpr,
@@ -639,6 +644,7 @@ def additive_pair_gradient_kernel(
                     stride_ff,
                     num_features,
                     e,
+                    HAS_FEATURES,
                     E,
                     BLOCK_E,
                 )
@@ -767,6 +773,7 @@ def additive_feature_gradient_kernel(
             stride_ff,
             num_features,
             e,
+            True,
             E,
             BLOCK_E,
         )
