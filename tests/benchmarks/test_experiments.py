@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from benchmarks.experiments import alignment, copy_words, monotonic
+from benchmarks.experiments import alignment, by_length, copy_words, monotonic
 from fused_attn.training import InputError
 
 TINY = ["--steps=2", "--hidden=8", "--test=3"]
@@ -48,3 +48,29 @@ def test_recordings_end_in_a_table_and_a_picture(tmp_path, capsys) -> None:
     assert "<svg" in picture.read_text()
     with pytest.raises(InputError, match=r"absent\.npz: cannot read"):
         alignment.main([words[0], "--frames=absent.npz"])
+
+
+def test_scores_are_of_the_sentences_of_a_length(tmp_path, capsys) -> None:
+    texts = {
+        "src": ["a b c d e f g h", "a b c d", "a b c d e f g", "a b c d e"],
+        "ref": [
+            "one two three four",
+            "five six seven eight",
+            "nine ten six two",
+            "one six ten two",
+        ],
+        "short": ["no", "five six seven eight", "no", "one six ten two"],
+    }
+    for name, lines in texts.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    words = [f"--{name}={tmp_path / name}" for name in ("src", "ref")]
+    words += ["--groups=2", f"--hypotheses={tmp_path / 'short'}"]
+    assert by_length.main(words) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert rows[0] == ["| 4–5", "2", "100.0 |"]
+    assert rows[1][:2] == ["| 7–8", "2"]
+    assert float(rows[1][2].split()[0]) < 1.0
+    (tmp_path / "short").write_text("no\n")
+    with pytest.raises(SystemExit):
+        by_length.main(words)
+    assert "must have 4 lines, as the sources, got 1" in capsys.readouterr().err
