@@ -56,7 +56,13 @@ SANITIZERS = ("memcheck", "racecheck")
 TOTAL_SECONDS = 570.0
 # Files outside these folders may need packages (sacreBLEU) that a borrowed machine lacks, and have
 # no test that needs a GPU.
-GPU_TESTS = ("tests/ops", "tests/nn", "tests/models/test_generation.py", "tests/benchmarks")
+GPU_TESTS = (
+    "tests/ops",
+    "tests/nn",
+    "tests/models/test_generation.py",
+    "tests/models/test_rnn_gpu.py",
+    "tests/benchmarks",
+)
 # What to ask of an op before the extension is built, when availability cannot be asked yet.
 DEVICE_BACKENDS = {"cuda": {"triton", "cuda"}, "cpu": {"cpu"}}
 # Enough of a traceback to act on, when the machine is gone.
