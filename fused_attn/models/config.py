@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "reglu", "geglu", "swiglu"]
 Norm = Literal["layer_norm", "rms_norm", "power_norm", "batch_norm"]
@@ -15,8 +15,37 @@ TiedEmbeddings = Literal["none", "output", "all"]
 _NAME = "TransformerConfig"
 
 
+class ModelConfig:
+    """What the configurations of all models, frozen dataclasses, share."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values for JSON."""
+        return dataclasses.asdict(cast(Any, self))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: A field is unknown or missing, or has a wrong value.
+            TypeError: A field is of a wrong type.
+        """
+        known = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ValueError(f"{cls.__name__}: fields must be known, got {', '.join(unknown)}")
+        missing = [
+            name
+            for name, field in known.items()
+            if field.default is dataclasses.MISSING and name not in fields
+        ]
+        if missing:
+            raise ValueError(f"{cls.__name__}: fields must include {', '.join(missing)}, got none")
+        return cls(**fields)
+
+
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
+class TransformerConfig(ModelConfig):
     """The shape of an encoder-decoder Transformer; the defaults are Transformer-base's.
 
     Raises:
@@ -119,31 +148,6 @@ class TransformerConfig:
             raise ValueError(
                 f"{_NAME}: pad_token must differ from eos_token, got {self.pad_token} for both"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> TransformerConfig:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            ValueError: A field is unknown or missing, or has a wrong value.
-            TypeError: A field is of a wrong type.
-        """
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(f"{_NAME}: fields must be known, got {', '.join(unknown)}")
-        missing = [
-            name
-            for name, field in known.items()
-            if field.default is dataclasses.MISSING and name not in fields
-        ]
-        if missing:
-            raise ValueError(f"{_NAME}: fields must include {', '.join(missing)}, got none")
-        return cls(**fields)
 
     def _check_integer(self, name: str) -> None:
         value = getattr(self, name)

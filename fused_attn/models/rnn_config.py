@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .config import TiedEmbeddings
+from .config import ModelConfig, TiedEmbeddings
 from .rnn_presets import RNN_PRESETS
 
 Cell = Literal["lstm", "gru", "tanh"]
@@ -28,7 +26,7 @@ _COPIES_WORDS = ("pointer_generator", "copynet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RNNSeq2SeqConfig:
+class RNNSeq2SeqConfig(ModelConfig):
     """The shape of a recurrent encoder-decoder.
 
     A copying model's vocabulary is extended by ``extra_tokens``: token ids from
@@ -111,26 +109,6 @@ class RNNSeq2SeqConfig:
     def copies(self) -> bool:
         """Whether words or positions of the source can be output."""
         return self.output != "generate"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> RNNSeq2SeqConfig:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            ValueError: A field is unknown or missing, or has a wrong value.
-            TypeError: A field is of a wrong type.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise ValueError(f"{_NAME}: fields must be known, got {', '.join(unknown)}")
-        if "target_vocab_size" not in fields:
-            raise ValueError(f"{_NAME}: fields must include target_vocab_size, got none")
-        return cls(**fields)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> RNNSeq2SeqConfig:

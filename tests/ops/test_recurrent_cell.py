@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +17,6 @@ from .suite import OpSuite, RecordFusedCalls, assert_bit_equal
 
 OP = "recurrent_cell"
 BACKENDS = ("reference", *fused_backends(OP, "cpu"))
-ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [case.name for case in CASES if isinstance(case, RecurrentLayerCase)]
 GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
 
@@ -227,22 +222,6 @@ def test_gradients_may_have_any_strides(backend: str) -> None:
         want = torch.autograd.grad(new_hidden, leaves, grad.contiguous(), retain_graph=True)
         for name, *pair in zip(names, got, want, strict=True):
             assert_bit_equal(name, *pair)
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_instruction_set(capability: str) -> None:
-    if "cpu" not in BACKENDS:
-        pytest.skip(f"{OP}: the C++ extension is not available here")
-    command = ["-m", "fused_attn", "validate", "--op", OP, "--backend", "cpu"]
-    result = subprocess.run(
-        [sys.executable, *command, "--quiet"],
-        cwd=ROOT,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_threads_do_not_change_a_bit() -> None:
