@@ -6,8 +6,8 @@ reported is the median of the ratios of neighbouring turns with its quartiles.
 On a CPU a turn repeats a call until it has lasted long enough for the clock. On a GPU a time is
 that of the device: CUDA events around one call, the L2 cache flushed before it, and the device kept
 busy until the host has queued the call, so that the host's speed is not measured. That is a figure
-of its own, `Times.launch`, and a call in a program takes the larger of the two; calls that are bound
-so are timed from a CUDA graph as well.
+of its own, `Times.launch`, and a call in a program takes the larger of the two; calls that are
+bound so are timed from a CUDA graph as well.
 """
 
 from __future__ import annotations

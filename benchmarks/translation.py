@@ -303,8 +303,8 @@ def main() -> int:
                 r = ratio(times[peer].seconds, times["ours"].seconds)
                 theirs = summary(times[peer].seconds).median * 1e3
                 print(
-                    f"| {name} | {dtype} | {peer} | {theirs:.0f} | {mine:.0f} | **{r.median:.2f}** ({r.q25:.2f}–{r.q75:.2f}) | "
-                    f"{agreed[peer]:.1%} |",
+                    f"| {name} | {dtype} | {peer} | {theirs:.0f} | {mine:.0f} | "
+                    f"**{r.median:.2f}** ({r.q25:.2f}–{r.q75:.2f}) | {agreed[peer]:.1%} |",
                     flush=True,
                 )
             if not peers:
