@@ -43,7 +43,7 @@ $(READY): $(VENV)/torch setup.py pyproject.toml $(SOURCES)
 demo: $(READY)
 	$(BIN)/fused-attn info
 	$(BIN)/fused-attn validate --quiet
-	$(BIN)/python -m benchmarks.run --rounds 3 --quick
+	$(BIN)/python -m benchmarks.operators --rounds 3 --quick --out demo_output
 	$(BIN)/fused-attn demo --out demo_output
 
 # One OpenMP thread each: two processes with two threads wait for each other. Tests of several
@@ -69,7 +69,7 @@ validate: $(READY)
 	$(BIN)/fused-attn validate
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m pytest benchmarks
 
 # On a machine with a CUDA build of torch and no network: uses its python3 as it is.
 gpu:

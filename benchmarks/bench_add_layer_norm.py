@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_attn.ops._cases import Case
 
-from .measured import Run, ours, parametrize, time_provider
+from .peers import Peer, Run, compiled
+from .suite import parametrize
 
 OP = "add_layer_norm"
 
@@ -36,8 +37,14 @@ def peer(case: Case) -> Run:
     return run
 
 
+PEERS = {
+    "eager": Peer(peer, "plain PyTorch"),
+    "compile": compiled(peer),
+}
+
+
 @parametrize(OP)
-@pytest.mark.parametrize("provider", ["fused_attn", "torch"])
-def test_add_layer_norm(benchmark: Any, case: Case, direction: str, provider: str) -> None:
-    run = ours(case) if provider == "fused_attn" else peer(case)
-    time_provider(benchmark, case, direction, provider, run)
+def test_add_layer_norm(
+    measured: Any, case: Case, dtype: torch.dtype, direction: str, provider: str
+) -> None:
+    measured(case, dtype, direction, provider)

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +15,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from fused_attn import attention
 from fused_attn.ops._cases import Case
 
-from .measured import Run, ours, parametrize, time_provider
+from .peers import Peer, Run
+from .suite import parametrize
 
 OP = "attention"
 _PLACES = ("mask", "block_mask", "window")
@@ -151,16 +151,21 @@ def _flex_mask(inputs: Mapping[str, Any]) -> Any:
     return None
 
 
-PROVIDERS = {"fused_attn": ours, "torch": peer}
-GPU_PEERS = {
-    "cudnn": forced("CUDNN_ATTENTION"),
-    "flash": forced("FLASH_ATTENTION"),
-    "efficient": forced("EFFICIENT_ATTENTION"),
-    "flex": flex,
+PEERS = {
+    "sdpa": Peer(peer, "F.scaled_dot_product_attention, which chooses for itself"),
+    "sdpa_cudnn": Peer(forced("CUDNN_ATTENTION"), "SDPA held to cuDNN", devices=("cuda",)),
+    "sdpa_flash": Peer(
+        forced("FLASH_ATTENTION"), "SDPA held to FlashAttention-2", devices=("cuda",)
+    ),
+    "sdpa_efficient": Peer(
+        forced("EFFICIENT_ATTENTION"), "SDPA held to memory-efficient attention", devices=("cuda",)
+    ),
+    "flex": Peer(flex, "FlexAttention, compiled for the case", devices=("cuda",)),
 }
 
 
 @parametrize(OP)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_attention(benchmark: Any, case: Case, direction: str, provider: str) -> None:
-    time_provider(benchmark, case, direction, provider, PROVIDERS[provider](case))
+def test_attention(
+    measured: Any, case: Case, dtype: torch.dtype, direction: str, provider: str
+) -> None:
+    measured(case, dtype, direction, provider)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from fused_attn.ops._cases import Case
 
-from .measured import Run, ours, parametrize, time_provider
+from .peers import Peer, Run, compiled
+from .suite import parametrize
 
 OP = "beam_search"
 
@@ -50,10 +50,15 @@ def read_once(case: Case) -> Run:
     return lambda inputs: (inputs["logits"].sum(),)
 
 
-PROVIDERS = {"fused_attn": ours, "torch": peer, "sum": read_once}
+PEERS = {
+    "eager": Peer(peer, "plain PyTorch"),
+    "compile": compiled(peer),
+    "sum": Peer(read_once, "one pass over the logits: less than any kernel could do"),
+}
 
 
 @parametrize(OP)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_beam_search(benchmark: Any, case: Case, direction: str, provider: str) -> None:
-    time_provider(benchmark, case, direction, provider, PROVIDERS[provider](case))
+def test_beam_search(
+    measured: Any, case: Case, dtype: torch.dtype, direction: str, provider: str
+) -> None:
+    measured(case, dtype, direction, provider)

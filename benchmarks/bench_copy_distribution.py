@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +16,8 @@ from torch import Tensor
 from fused_attn.ops._cases import Case
 from fused_attn.ops.copy_distribution.cases import IGNORED
 
-from .measured import Run, ours, parametrize, time_provider
+from .peers import Peer, Run, compiled
+from .suite import parametrize
 
 OP = "copy_distribution"
 
@@ -51,8 +51,14 @@ def peer(case: Case) -> Run:
     return run
 
 
+PEERS = {
+    "eager": Peer(peer, "plain PyTorch"),
+    "compile": compiled(peer),
+}
+
+
 @parametrize(OP)
-@pytest.mark.parametrize("provider", ["fused_attn", "torch"])
-def test_copy_distribution(benchmark: Any, case: Case, direction: str, provider: str) -> None:
-    run = ours(case) if provider == "fused_attn" else peer(case)
-    time_provider(benchmark, case, direction, provider, run)
+def test_copy_distribution(
+    measured: Any, case: Case, dtype: torch.dtype, direction: str, provider: str
+) -> None:
+    measured(case, dtype, direction, provider)

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_attn.ops._cases import Case
 
-from .measured import Run, ours, parametrize, time_provider
+from .peers import Peer, Run
+from .suite import parametrize
 
 OP = "decode_attention"
 
@@ -61,10 +61,11 @@ def _prepare(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, 
     return key, value, mask, parents
 
 
-PROVIDERS = {"fused_attn": ours, "torch": peer}
+PEERS = {"sdpa": Peer(peer, "F.scaled_dot_product_attention on the user's cache")}
 
 
 @parametrize(OP)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_decode_attention(benchmark: Any, case: Case, direction: str, provider: str) -> None:
-    time_provider(benchmark, case, direction, provider, PROVIDERS[provider](case))
+def test_decode_attention(
+    measured: Any, case: Case, dtype: torch.dtype, direction: str, provider: str
+) -> None:
+    measured(case, dtype, direction, provider)

@@ -38,8 +38,8 @@ import torch
 
 from fused_attn.validation import OPS, op_backends
 
-from .measured import benchmark_cases
-from .timing import machine
+from .operators import benchmark_cases
+from .results import machine_line
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tests first: their processes compile the kernels, which validation finds in Triton's cache.
@@ -235,7 +235,7 @@ def plan(
 def describe(device: str) -> dict[str, Any]:
     """The machine and the versions: the first row."""
     row: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine_line(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version_of_triton(),

@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fused_attn.nn import RecurrentLayers
 
-from .timing import interleaved, machine, ratio, summary
+from .results import machine_line
+from .timing import interleaved, ratio, summary
 
 INPUT = 512
 # Hidden size, whether in two directions; batch and length.
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(machine())
+    print(machine_line())
     print("ms: medians; over: median of the ratios of neighbouring turns, with quartiles")
     for kind in arguments.kind:
         for H, bidirectional in SIZES:
@@ -78,10 +79,10 @@ def main() -> None:
                 directions = " x 2" if bidirectional else ""
                 print(f"{kind} {INPUT} -> {H}{directions}, B {B}, T {T}, {valid:.0%} valid")
                 for name in functions:
-                    line = f"  {name:17}{1e3 * summary(times[name]).median:8.1f} ms"
+                    line = f"  {name:17}{1e3 * summary(times[name].seconds).median:8.1f} ms"
                     if name.startswith("ours"):
                         for peer in ("torch padded", "torch packed")[: 2 - ("no" in name)]:
-                            over = ratio(times[peer], times[name])
+                            over = ratio(times[peer].seconds, times[name].seconds)
                             line += (
                                 f"  {over.median:.2f} ({over.q25:.2f}-{over.q75:.2f}) over {peer}"
                             )

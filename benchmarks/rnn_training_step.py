@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fused_attn.models import RNNSeq2Seq, RNNSeq2SeqConfig
 
-from .timing import interleaved, machine, ratio, summary
+from .results import machine_line
+from .timing import interleaved, ratio, summary
 from .training_step import Batch, _behind, allocated, launches, make_batch
 
 
@@ -191,13 +192,13 @@ def main() -> int:
     counts = {name: launches(step, device) for name, step in steps.items()}
     sizes = {name: allocated(step, device) for name, step in steps.items()}
     times = interleaved(steps, arguments.rounds)
-    r = ratio(times["torch.nn"], times["fused_attn"])
+    r = ratio(times["torch.nn"].seconds, times["fused_attn"].seconds)
     words = int(batch.target_lengths.sum())
-    print(f"{machine()}\n")
+    print(f"{machine_line()}\n")
     print("| model | launches | allocated MB | ms | target tokens/s |")
     print("|---|---|---|---|---|")
-    for name, seconds in times.items():
-        median = summary(seconds).median
+    for name, taken in times.items():
+        median = summary(taken.seconds).median
         print(
             f"| {name} | {counts[name]} | {sizes[name] / 1e6:.0f} | {median * 1e3:.1f} | "
             f"{words / median:,.0f} |"

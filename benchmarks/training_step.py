@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn.models import Transformer, TransformerConfig
 
-from .timing import interleaved, machine, ratio, summary
+from .results import machine_line
+from .timing import interleaved, ratio, summary
 
 # Operators that make a tensor without computing what is in it, or only look at one.
 # fmt: off
@@ -217,14 +218,14 @@ def main() -> int:
     counts = {name: launches(step, device) for name, step in steps.items()}
     sizes = {name: allocated(step, device) for name, step in steps.items()}
     times = interleaved(steps, arguments.rounds)
-    r = ratio(times["torch.nn"], times["fused_attn"])
-    print(f"{machine()}\n")
+    r = ratio(times["torch.nn"].seconds, times["fused_attn"].seconds)
+    print(f"{machine_line()}\n")
     print("| model | launches | allocated MB | ms |")
     print("|---|---|---|---|")
-    for name, seconds in times.items():
+    for name, taken in times.items():
         print(
             f"| {name} | {counts[name]} | {sizes[name] / 1e6:.0f} | "
-            f"{summary(seconds).median * 1e3:.1f} |"
+            f"{summary(taken.seconds).median * 1e3:.1f} |"
         )
     print(f"\ntorch.nn / fused_attn: {r.median:.2f} ({r.q25:.2f}–{r.q75:.2f})")
     return 0

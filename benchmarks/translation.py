@@ -23,7 +23,8 @@ import torch
 from fused_attn.generation import beam_search, greedy_search
 from fused_attn.models import Transformer, TransformerConfig, quantize
 
-from .timing import interleaved, machine, ratio, summary
+from .results import machine_line
+from .timing import interleaved, ratio, summary
 
 Tokens = list[list[int]]
 
@@ -256,7 +257,7 @@ def main() -> int:
     threads = torch.get_num_threads()
     model = build(arguments)
     source = torch.randint(3, arguments.vocab_size, (arguments.sentences, arguments.length))
-    print(f"{machine()}\n")
+    print(f"{machine_line()}\n")
     absent: dict[str, str] = {}
     try:
         theirs = marian(model)
@@ -297,13 +298,13 @@ def main() -> int:
                 print(f"{name}: tokens differ, so no times: {agreed}")
                 continue
             times = interleaved({"ours": ours, **peers}, arguments.rounds, seconds=0.0)
-            mine = summary(times["ours"]).median * 1e3
+            mine = summary(times["ours"].seconds).median * 1e3
             for peer in peers:
-                r = ratio(times[peer], times["ours"])
+                r = ratio(times[peer].seconds, times["ours"].seconds)
+                theirs = summary(times[peer].seconds).median * 1e3
                 print(
-                    f"| {name} | {dtype} | {peer} | {summary(times[peer]).median * 1e3:.0f} | "
-                    f"{mine:.0f} | **{r.median:.2f}** ({r.q25:.2f}–{r.q75:.2f}) | "
-                    f"{agreed[peer]:.1%} |",
+                    f"| {name} | {dtype} | {peer} | {theirs:.0f} | {mine:.0f} | "
+                    f"**{r.median:.2f}** ({r.q25:.2f}–{r.q75:.2f}) | {agreed[peer]:.1%} |",
                     flush=True,
                 )
             if not peers:

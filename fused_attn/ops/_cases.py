@@ -7,12 +7,52 @@ that was not checked.
 from __future__ import annotations
 
 import abc
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+Direction = Literal["forward", "backward", "forward+backward"]
+_PASSES = (("forward", False), ("backward", True))
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What a machine does at best, as measured on it: the model's two rates."""
+
+    copies: tuple[tuple[int, float], ...]
+    """Bytes read and written, and seconds, of copies of ascending size: a small one is bound by its
+    launch and lies in a cache, a large one by memory."""
+    products: Mapping[torch.dtype, float]
+    """FLOP/s of a large matrix product."""
+
+    def copy_seconds(self, moved: int) -> float:
+        """Seconds of a copy that reads and writes so many bytes.
+
+        Between two measured sizes a straight line on logarithmic axes; beyond them the rate of the
+        largest, or the time of the smallest.
+        """
+        (least, shortest), (most, longest) = self.copies[0], self.copies[-1]
+        if moved <= least:
+            return shortest
+        if moved >= most:
+            return longest * moved / most
+        for (low, before), (high, after) in itertools.pairwise(self.copies):
+            if moved <= high:
+                part = math.log(moved / low) / math.log(high / low)
+                return before * (after / before) ** part
+        raise AssertionError("sizes ascend")
+
+    def product_seconds(self, flops: int, dtype: torch.dtype) -> float:
+        """Seconds of so many operations at the rate of a matrix product.
+
+        A dtype that was not measured has the best rate, so that the result stays a floor.
+        """
+        return flops / self.products.get(dtype, max(self.products.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +101,25 @@ class Case(abc.ABC):
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
         """Bytes that the forward, or the backward alone, must read and write at least once."""
         return 0
+
+    def floor_seconds(self, roof: Roof, dtype: torch.dtype, direction: Direction) -> float:
+        """The least time that the work can take under a roof: the longer of its two parts."""
+        return max(self.floor_parts(roof, dtype, direction))
+
+    def floor_parts(
+        self, roof: Roof, dtype: torch.dtype, direction: Direction
+    ) -> tuple[float, float]:
+        """Seconds of a copy of :meth:`bytes_moved`, and of a product of :meth:`flops`."""
+        moved, flops = self.work(dtype, direction)
+        return roof.copy_seconds(moved) if moved else 0.0, roof.product_seconds(flops, dtype)
+
+    def work(self, dtype: torch.dtype, direction: Direction) -> tuple[int, int]:
+        """Bytes moved and floating-point operations of a direction."""
+        passes = [backward for name, backward in _PASSES if name in direction]
+        return (
+            sum(self.bytes_moved(dtype.itemsize, backward=b) for b in passes),
+            sum(self.flops(backward=b) for b in passes),
+        )
 
 
 # --- arrangements of attention's inputs --------------------------------------------------------

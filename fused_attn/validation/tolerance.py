@@ -30,6 +30,8 @@ class Comparison:
     max_budget: float
     rms_error: float
     rms_budget: float
+    size: float = 0.0
+    """max |oracle|: what an error is compared with."""
     problem: str = ""
     """What is wrong apart from the size of the error, e.g. a shape; empty if nothing is."""
 
@@ -100,6 +102,7 @@ def compare(name: str, actual: Tensor, oracle: Tensor, same_precision: Tensor) -
         max_budget=_FACTOR * reference_error.max().item() + slack * want.abs().max().item(),
         rms_error=_rms(error),
         rms_budget=_FACTOR * _rms(reference_error) + slack * _rms(want),
+        size=want.abs().max().item(),
     )
 
 
@@ -109,4 +112,4 @@ def _rms(t: Tensor) -> float:
 
 def _wrong(name: str, problem: str) -> Comparison:
     infinite = float("inf")
-    return Comparison(name, infinite, 0.0, infinite, 0.0, problem)
+    return Comparison(name, infinite, 0.0, infinite, 0.0, problem=problem)

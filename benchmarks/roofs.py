@@ -1,0 +1,127 @@
+"""``python -m benchmarks.roofs``: what this machine does at best, and the floor of every case.
+
+A roof is measured: copies of many sizes and large matrix products. A case must move its bytes and
+do its operations (`Case.bytes_moved`, `Case.flops`); its floor is the longer of the two under the
+roof (`Case.floor_seconds`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from fused_attn.ops._cases import Roof
+from fused_attn.validation import OPS
+
+from .results import cpu_name
+from .timing import Call, interleaved, summary
+
+SIZES = tuple(1 << bits for bits in range(14, 31, 2))
+"""Bytes that the copies move: 16 KiB to 1 GiB."""
+_CPU_SIDE, _GPU_SIDE = 2048, 8192
+
+
+def copy_of(moved: int, device: torch.device | str) -> Call:
+    """A copy that reads half of the bytes and writes half."""
+    source = torch.randint(256, (max(1, moved // 2),), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def measure_roof(device: str, rounds: int = 7) -> Roof:
+    """Copies and products, on this machine now.
+
+    On a CPU the rate of fp32 products is the better of PyTorch's own and of oneDNN's with a packed
+    weight.
+    """
+    copies = []
+    for size in SIZES[: -1 if device == "cpu" else None]:
+        times = interleaved({"copy": copy_of(size, device)}, rounds, device=device)
+        copies.append((size, summary(times["copy"].seconds).median))
+    products = {}
+    side = _CPU_SIDE if device == "cpu" else _GPU_SIDE
+    for dtype in (torch.float32, torch.bfloat16):
+        if device == "cpu" and dtype != torch.float32:
+            continue  # of no use where kernels compute in fp32
+        times = interleaved(_products(side, dtype, device), rounds, device=device)
+        best = min(summary(t.seconds).median for t in times.values())
+        products[dtype] = 2 * side**3 / best
+    return Roof(_ascending(copies), products)
+
+
+def _products(side: int, dtype: torch.dtype, device: str) -> dict[str, Call]:
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    calls: dict[str, Call] = {"torch": lambda: a @ b}
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(b, side)
+        calls["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(
+            a, packed, None, "none", [], ""
+        )
+    return calls
+
+
+def _ascending(copies: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    # Noise may make a small copy slower than a larger one: a roof is the best that was seen.
+    best = float("inf")
+    result = []
+    for size, seconds in reversed(copies):
+        best = min(best, seconds)
+        result.append((size, best))
+    return tuple(reversed(result))
+
+
+def to_row(roof: Roof) -> dict[str, Any]:
+    """As a row of results."""
+    products = {str(dtype).removeprefix("torch."): rate for dtype, rate in roof.products.items()}
+    return {"suite": "roof", "copies": roof.copies, "products": products}
+
+
+def from_row(row: dict[str, Any]) -> Roof:
+    """From a row of results."""
+    products = {getattr(torch, dtype): rate for dtype, rate in row["products"].items()}
+    return Roof(tuple((size, seconds) for size, seconds in row["copies"]), products)
+
+
+def main() -> int:
+    """Print the roof, and the table of floors."""
+    from .operators import benchmark_cases, directions
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", choices=OPS, help="only this op; repeatable")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="whose cases")
+    parser.add_argument("--tflops", type=float, help="rate of operations; default: measured")
+    parser.add_argument("--tbps", type=float, help="rate of memory; default: measured")
+    arguments = parser.parse_args()
+    if arguments.tflops and arguments.tbps:
+        seconds = SIZES[-1] / arguments.tbps / 1e12
+        roof = Roof(((0, 0.0), (SIZES[-1], seconds)), {torch.float32: arguments.tflops * 1e12})
+        print("rates as given\n")
+    else:
+        roof = measure_roof(arguments.device)
+        print(f"{cpu_name() if arguments.device == 'cpu' else torch.cuda.get_device_name()}\n")
+        print("| copy of | µs | GB/s |\n|---|---|---|")
+        for size, seconds in roof.copies:
+            print(f"| {size / 1e6:.3g} MB | {seconds * 1e6:.1f} | {size / seconds / 1e9:.0f} |")
+        for dtype, rate in roof.products.items():
+            print(f"\nproduct in {dtype}: {rate / 1e12:.3g} TFLOP/s")
+    print("\n| case | direction | GFLOP | MB | FLOP a byte | floor ms | bound by |")
+    print("|---|---|---|---|---|---|---|")
+    for op in arguments.op or OPS:
+        for case in benchmark_cases(op, arguments.device):
+            dtype = case.dtypes[0]
+            for direction in directions(case):
+                moved, flops = case.work(dtype, direction)
+                copy, product = case.floor_parts(roof, dtype, direction)
+                print(
+                    f"| {op} {case.name} | {direction} | {flops / 1e9:.2f} | {moved / 1e6:.1f} | "
+                    f"{flops / max(moved, 1):.0f} | {max(copy, product) * 1e3:.3g} | "
+                    f"{'operations' if product > copy else 'memory'} |"
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
