@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
+from ..results import Row
 from ..timing import interleaved, peak_bytes, ratio, summary
 from .counting import launches
 
 OURS = "fused_attn"
 OURS_EAGER = "fused_attn_eager"
 """On a GPU: our search without its CUDA graph."""
-Row = dict[str, Any]
 # Enough of a traceback to act on, when the machine is gone.
 ERROR_CHARACTERS = 3000
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """A provider that is not here, or has nothing to offer for the case."""
 
 
-class Disagreement(Exception):
+class DisagreementError(Exception):
     """A provider finds something else than ours, so its time would mean nothing."""
 
 
@@ -48,6 +48,8 @@ class ModelCase:
 
     group: str
     """What ``--only`` names."""
+    rank: int
+    """Of its value: 0 first."""
     model: str
     task: str
     name: str
@@ -59,10 +61,10 @@ class ModelCase:
     providers: tuple[str, ...]
     """Ours first."""
     prepare: Callable[[str], Provider]
-    """Makes a provider; raises :class:`Absent`."""
+    """Makes a provider; raises :class:`AbsentError`."""
     compare: Callable[[Any, Any], Row]
     """From outcomes of ours and of another to what is said of it; raises
-    :class:`Disagreement`."""
+    :class:`DisagreementError`."""
     counts_operators: bool = True
     """Whether launches and memory are worth a call each on a CPU."""
     shows_ours: bool = True
@@ -107,13 +109,15 @@ def _compare(case: ModelCase, device: str, rounds: int) -> Iterator[Row]:
     for name in case.providers:
         try:
             provider = case.prepare(name)
+            said[name] = {}
             if name == OURS:
                 outcome = provider.outcome
-            said[name] = {} if outcome is None else case.compare(outcome, provider.outcome)
+            elif outcome is not None:
+                said[name] = case.compare(outcome, provider.outcome)
             calls[name] = synchronized(provider.call, device)
-        except Absent as reason:
+        except AbsentError as reason:
             yield from _if_shown(case, name, absent=str(reason))
-        except Disagreement as error:
+        except DisagreementError as error:
             yield from _if_shown(case, name, failed=str(error), disagrees=True)
         except Exception:
             yield from _if_shown(case, name, failed=_error())
@@ -136,7 +140,7 @@ def _compare(case: ModelCase, device: str, rounds: int) -> Iterator[Row]:
             "shape": case.shape,
             **said[name],
         }
-        if OURS in calls:
+        if OURS in calls and name != OURS:
             r = ratio(times[name].seconds, times[OURS].seconds)
             fields["ratio"] = [r.q25, r.median, r.q75]
         if device == "cuda" or case.counts_operators:
@@ -198,13 +202,13 @@ def sentences_agree(ours: list[list[int]], theirs: list[list[int]], exact: bool)
             are as good as equal, so that of every 64 sentences one may differ.
 
     Raises:
-        Disagreement: They must be and are not.
+        DisagreementError: They must be and are not.
     """
     pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=False)]
     share = sum(a == b for a, b in pairs) / max(1, sum(map(len, ours)))
     different = sum(x != y for x, y in zip(ours, theirs, strict=True))
     if exact and different > len(ours) // 64:
-        raise Disagreement(
+        raise DisagreementError(
             f"{different} of {len(ours)} sentences differ ({share:.1%} of the tokens are equal), "
             "so it is not timed"
         )
@@ -215,10 +219,10 @@ def same_loss(ours: float, theirs: float) -> Row:
     """Both losses, which must be the same.
 
     Raises:
-        Disagreement: They are not.
+        DisagreementError: They are not.
     """
     if not abs(ours - theirs) <= 1e-4 * abs(ours):
-        raise Disagreement(f"the models find different losses, {ours} and {theirs}: not timed")
+        raise DisagreementError(f"the models find different losses, {ours} and {theirs}: not timed")
     return {"loss": theirs}
 
 

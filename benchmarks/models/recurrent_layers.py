@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fused_attn.nn import RecurrentLayers
 
-from .comparison import OURS, Disagreement, ModelCase, Provider, Row
+from ..results import Row
+from .comparison import OURS, DisagreementError, ModelCase, Provider
 from .sizes import Size
 
 _TORCH: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU}
@@ -43,15 +44,16 @@ def _case(
     lengths = make_lengths(B, T, full)
 
     def prepare(provider: str) -> Provider:
-        torch.manual_seed(1)
+        torch.manual_seed(1)  # of ours, whose weights all take
         ours = RecurrentLayers(kind, size.hidden, H, bidirectional=bidirectional)
         layers: Any = ours
         if provider != OURS:
             layers = _TORCH[kind](size.hidden, H, batch_first=True, bidirectional=bidirectional)
             layers.load_state_dict(ours.state_dict())
         layers = layers.to(device)
-        x = torch.randn(B, T, size.hidden).to(device).requires_grad_()
-        grad = torch.randn(B, T, ours.output_size).to(device)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(B, T, size.hidden, generator=generator).to(device).requires_grad_()
+        grad = torch.randn(B, T, ours.output_size, generator=generator).to(device)
         forward = _forward(provider, layers, x, None if full else lengths)
         leaves = [x, *layers.parameters()]
         outcome = None
@@ -63,6 +65,7 @@ def _case(
     valid = int(lengths.sum())
     return ModelCase(
         group="recurrent_layers",
+        rank=1 if kind == "lstm" and not full else 2,
         model=f"{kind}_layer{size.suffix}",
         task="forward+backward",
         name=f"hidden_{H}{'x2' if bidirectional else ''}_batch_{B}_length_{T}"
@@ -85,9 +88,7 @@ def make_lengths(B: int, T: int, full: bool) -> Tensor:
     return torch.linspace(T // 3, T, B).long()[order]
 
 
-def _forward(
-    provider: str, layers: Any, x: Tensor, lengths: Tensor | None
-) -> Callable[[], Tensor]:
+def _forward(provider: str, layers: Any, x: Tensor, lengths: Tensor | None) -> Callable[[], Tensor]:
     T = x.size(1)
 
     def packed() -> Tensor:
@@ -105,5 +106,5 @@ def _same_output(ours: Tensor, theirs: Tensor | None) -> Row:
     try:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     except AssertionError as error:
-        raise Disagreement(f"outputs differ, so it is not timed: {error}") from error
+        raise DisagreementError(f"outputs differ, so it is not timed: {error}") from error
     return {}

@@ -184,10 +184,12 @@ def our_loss(model: RNNSeq2Seq, batch: Batch) -> Tensor:
 def cases(size: Size, device: str) -> list[ModelCase]:
     """The cases of ``--only rnn``: steps, and searches in the batches that are translated."""
     cells = ("lstm", "gru") if size.variants else ("lstm",)
-    steps = [_step(size, device, cell) for cell in cells]
-    batches = [n for n in size.batches if n > 1] + list(size.gpu_batches) * (device == "cuda")
-    searches = [_search(size, device, sentences) for sentences in batches]
-    return [steps[0], *searches, *steps[1:]]
+    steps = [_step(size, device, cell, rank=2 * i) for i, cell in enumerate(cells)]
+    searches = [
+        _search(size, device, sentences, rank=min(i, 1))
+        for i, sentences in enumerate(n for n in size.batches_on(device) if n > 1)
+    ]
+    return [*steps, *searches]
 
 
 def _config(size: Size, cell: Any) -> RNNSeq2SeqConfig:
@@ -224,7 +226,7 @@ def _shape(size: Size) -> str:
     )
 
 
-def _step(size: Size, device: str, cell: str) -> ModelCase:
+def _step(size: Size, device: str, cell: str, rank: int) -> ModelCase:
     sentences, length = 2 * size.sentences, size.length
     batch = make_batch(size.rnn_vocabulary, sentences, length, "cpu")
 
@@ -245,6 +247,7 @@ def _step(size: Size, device: str, cell: str) -> ModelCase:
 
     return ModelCase(
         group="rnn",
+        rank=rank,
         model=f"rnn{size.suffix}",
         task="training_step",
         name=f"{cell}_batch_{sentences}_length_{length}",
@@ -257,7 +260,7 @@ def _step(size: Size, device: str, cell: str) -> ModelCase:
     )
 
 
-def _search(size: Size, device: str, sentences: int) -> ModelCase:
+def _search(size: Size, device: str, sentences: int, rank: int) -> ModelCase:
     S = size.tokens
 
     def prepare(provider: str) -> Provider:
@@ -275,6 +278,7 @@ def _search(size: Size, device: str, sentences: int) -> ModelCase:
 
     return ModelCase(
         group="rnn",
+        rank=rank,
         model=f"rnn{size.suffix}",
         task=f"beam_{BEAM_SIZE}",
         name=f"lstm_batch_{sentences}",
@@ -290,7 +294,5 @@ def _search(size: Size, device: str, sentences: int) -> ModelCase:
 
 def our_search(model: Any, source: Tensor, tokens: int) -> list[list[int]]:
     """The tokens of the best target of each source."""
-    found = beam_search(
-        model, source, beam_size=BEAM_SIZE, max_length=tokens, min_length=tokens
-    )
+    found = beam_search(model, source, beam_size=BEAM_SIZE, max_length=tokens, min_length=tokens)
     return [best.tokens for [best] in found]

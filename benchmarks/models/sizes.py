@@ -24,7 +24,7 @@ class Size:
     tokens: int
     """Of a source to translate, and generated for it."""
     batches: tuple[int, ...]
-    """Sentences translated at a time; on a GPU also :attr:`gpu_batches`."""
+    """Sentences translated at a time on a CPU, the most telling first."""
     gpu_batches: tuple[int, ...]
     hidden: int
     """Of the RNN's states and embeddings."""
@@ -34,6 +34,10 @@ class Size:
     """Batch and length of recurrent layers alone."""
     variants: bool
     """Also other forms of the same models: pre-norm, GRU, layers of two directions."""
+
+    def batches_on(self, device: str) -> tuple[int, ...]:
+        """Sentences translated at a time."""
+        return self.gpu_batches if device == "cuda" else self.batches
 
 
 BASE = Size(
@@ -47,7 +51,7 @@ BASE = Size(
     length=64,
     tokens=32,
     batches=(8, 1, 32),
-    gpu_batches=(128,),
+    gpu_batches=(32, 1, 128, 8),
     hidden=512,
     rnn_layers=2,
     rnn_vocabulary=8000,
@@ -67,7 +71,7 @@ SMALL = Size(
     length=32,
     tokens=16,
     batches=(8, 1),
-    gpu_batches=(),
+    gpu_batches=(8, 1),
     hidden=512,
     rnn_layers=1,
     rnn_vocabulary=4000,
@@ -87,7 +91,7 @@ TINY = Size(
     length=12,
     tokens=5,
     batches=(2,),
-    gpu_batches=(),
+    gpu_batches=(2,),
     hidden=32,
     rnn_layers=1,
     rnn_vocabulary=100,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,15 +146,20 @@ def step_of(
 
 
 def cases(size: Size, device: str) -> list[ModelCase]:
-    """The cases of ``--only training_step``, most valuable first; what compiles comes last."""
-    variants = [("", {})]
+    """The cases of ``--only training_step``; that of ``torch.compile``, which takes long, apart."""
+    found = [
+        _case(size, device, "", {}, "torch", rank=0),
+        _case(size, device, "", {}, "torch_compile", rank=1),
+    ]
     if size.variants:
-        variants.append(("_pre_norm_gelu", {"norm_first": True, "activation": "gelu"}))
-    found = [_case(size, device, name, options, "torch") for name, options in variants]
-    return [*found, _case(size, device, "", {}, "torch_compile")]
+        options = {"norm_first": True, "activation": "gelu"}
+        found.append(_case(size, device, "_pre_norm_gelu", options, "torch", rank=2))
+    return found
 
 
-def _case(size: Size, device: str, name: str, options: dict, peer: str) -> ModelCase:
+def _case(
+    size: Size, device: str, name: str, options: dict[str, Any], peer: str, rank: int
+) -> ModelCase:
     gpu = device == "cuda"
     sentences, length = size.sentences * (4 if gpu else 1), size.length * (2 if gpu else 1)
     config = TransformerConfig(
@@ -178,6 +183,7 @@ def _case(size: Size, device: str, name: str, options: dict, peer: str) -> Model
 
     return ModelCase(
         group="training_step",
+        rank=rank,
         model=f"transformer{size.suffix}",
         task="training_step",
         name=f"batch_{sentences}_length_{length}{name}",

@@ -2,8 +2,8 @@
 
 One set of random weights in three libraries: ours, a ``MarianMTModel``, and, on a CPU, CTranslate2
 through its own reader of that. Every sentence gets as many tokens as its source has, so that all do
-the same work. In fp32 all must find the same tokens before anything is timed; in 16 and 8 bits a row
-says how many are the same.
+the same work. In fp32 all must find the same tokens before anything is timed; in 16 and 8 bits a
+row says how many are the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fused_attn.models import Transformer, TransformerConfig, quantize
 from .comparison import (
     OURS,
     OURS_EAGER,
-    Absent,
+    AbsentError,
     ModelCase,
     Provider,
     WithoutGraph,
@@ -41,17 +41,17 @@ _COMPUTE_TYPES = {"float32": "float32", "int8": "int8"}
 def cases(size: Size, device: str) -> list[ModelCase]:
     """The cases of ``--only translation``, most valuable first."""
     translators = Translators(size, device)
-    gpu = device == "cuda"
+    dtypes = ("bfloat16", "float32") if device == "cuda" else ("float32", "int8")
     return [
-        _case(translators, dtype, beam_size, sentences)
-        for dtype in (("bfloat16", "float32") if gpu else ("float32", "int8"))
-        for sentences in (*size.batches, *(size.gpu_batches if gpu else ()))
+        _case(translators, dtype, beam_size, sentences, rank=min(i + j, 1))
+        for i, dtype in enumerate(dtypes)
+        for j, sentences in enumerate(size.batches_on(device))
         for beam_size in (BEAM_SIZE, 1)
     ]
 
 
 def _case(
-    translators: Translators, dtype: str, beam_size: int, sentences: int
+    translators: Translators, dtype: str, beam_size: int, sentences: int, rank: int
 ) -> ModelCase:
     size, device = translators.size, translators.device
     providers = [OURS]
@@ -77,6 +77,7 @@ def _case(
 
     return ModelCase(
         group="translation",
+        rank=rank,
         model=f"transformer{size.suffix}",
         task="greedy" if beam_size == 1 else f"beam_{beam_size}",
         name=f"batch_{sentences}",
@@ -143,12 +144,12 @@ def marian(model: Transformer) -> Any:
     """The same weights in a Hugging Face model.
 
     Raises:
-        Absent: There is no ``transformers``.
+        AbsentError: There is no ``transformers``.
     """
     try:
         from transformers import GenerationConfig, MarianConfig, MarianMTModel
     except ImportError as error:
-        raise Absent(f"transformers: {error}") from error
+        raise AbsentError(f"transformers: {error}") from error
 
     config = model.config
     theirs = MarianMTModel(
@@ -219,13 +220,13 @@ def ctranslate2_translator(theirs: Any, folder: str, compute_type: str) -> Any:
     """A CTranslate2 translator with the weights of a Hugging Face model, which it may change.
 
     Raises:
-        Absent: There is no ``ctranslate2``.
+        AbsentError: There is no ``ctranslate2``.
     """
     try:
         import ctranslate2
         from ctranslate2.converters.transformers import BartLoader
     except ImportError as error:
-        raise Absent(f"ctranslate2: {error}") from error
+        raise AbsentError(f"ctranslate2: {error}") from error
 
     theirs.config.normalize_before = theirs.config.normalize_embedding = False
     spec = BartLoader().get_model_spec(theirs)
