@@ -49,7 +49,11 @@ def launches(call: Callable[[], object], device: str) -> dict[str, int]:
         call()
         torch.cuda.synchronize()
     events = list(profile.events())
-    kernels = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [
+        e.name
+        for e in events
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
     host = [e.name for e in events if e.name.startswith(_HOST_LAUNCHES)]
     return {
         "launches": sum(not name.startswith(("Memcpy", "Memset")) for name in kernels),
