@@ -26,7 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from .models import rnn, transformer_step, translation
-from .models.comparison import OURS, ModelCase, synchronized
+from .models.comparison import OURS, ModelCase, is_ready, synchronized
 from .models.sizes import SIZES, Size
 from .operators import OURS as OUR_PROVIDERS
 from .results import FOLDER, ROOT, Row, Writer, describe, read, writer
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="rows to the screen, and to no file")
     arguments = parser.parse_args(argv)
     device = arguments.device
-    if device == "cuda" and not torch.cuda.is_available():
+    if not is_ready(device):
         print("no CUDA GPU here", file=sys.stderr)
         return 2
     size = SIZES[arguments.size or ("small" if arguments.quick else "base")]

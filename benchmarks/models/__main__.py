@@ -24,7 +24,7 @@ import torch
 
 from ..results import Row, Writer, describe, writer
 from . import recurrent_layers, rnn, transformer_step, translation
-from .comparison import OURS, OURS_EAGER, ModelCase, rows_of
+from .comparison import OURS, OURS_EAGER, ModelCase, is_ready, rows_of
 from .sizes import SIZES, Size
 
 GROUPS: dict[str, Callable[[Size, str], list[ModelCase]]] = {
@@ -96,12 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds = arguments.rounds or (3 if arguments.quick else 5)
     if rounds < 2:
         parser.error("--rounds must be at least 2: a ratio has quartiles")
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            print("no CUDA GPU here", file=sys.stderr)
-            return 2
-        # fp32 is fp32 on all sides: PyTorch's recurrent layers would round to TF32.
-        torch.backends.cudnn.allow_tf32 = False
+    if not is_ready(device):
+        print("no CUDA GPU here", file=sys.stderr)
+        return 2
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     size = SIZES[arguments.size or ("small" if arguments.quick else "base")]

@@ -20,6 +20,8 @@ from .counting import launches
 OURS = "fused_attn"
 OURS_EAGER = "fused_attn_eager"
 """On a GPU: our search without its CUDA graph."""
+# Seconds that a turn lasts at least, by repeating the call: on a GPU a step takes milliseconds.
+_TURN_SECONDS = {"cuda": 0.2, "cpu": 0.0}
 # Enough of a traceback to act on, when the machine is gone.
 ERROR_CHARACTERS = 3000
 
@@ -124,7 +126,7 @@ def _compare(case: ModelCase, device: str, rounds: int) -> Iterator[Row]:
     if not any(name in calls for name in case.shown()):
         return
     try:
-        times = interleaved(calls, rounds, seconds=0.0)
+        times = interleaved(calls, rounds, seconds=_TURN_SECONDS[device])
     except Exception:
         for name in calls:
             yield from _if_shown(case, name, failed=_error())
@@ -159,6 +161,17 @@ def _counts(name: str, call: Callable[[], object], device: str) -> Row:
         return {**peak, **launches(call, device)}
     except Exception:
         return {"uncounted": _error()}
+
+
+def is_ready(device: str) -> bool:
+    """Whether the device is here; on a GPU, fp32 is then fp32 on all sides."""
+    if device == "cpu":
+        return True
+    if not torch.cuda.is_available():
+        return False
+    # By default PyTorch's recurrent layers round to TF32, and its products do not.
+    torch.backends.cudnn.allow_tf32 = False
+    return True
 
 
 class WithoutGraph:
