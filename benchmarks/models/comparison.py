@@ -1,0 +1,235 @@
+"""A case of a model: its providers are prepared, compared in what they find, and timed in turns.
+
+Whatever goes wrong with one of them is a row: the others, and the next case, go on.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..results import Row
+from ..timing import interleaved, peak_bytes, ratio, summary
+from .counting import launches
+
+OURS = "fused_attn"
+OURS_EAGER = "fused_attn_eager"
+"""On a GPU: our search without its CUDA graph."""
+# Enough of a traceback to act on, when the machine is gone.
+ERROR_CHARACTERS = 3000
+
+
+class AbsentError(Exception):
+    """A provider that is not here, or has nothing to offer for the case."""
+
+
+class DisagreementError(Exception):
+    """A provider finds something else than ours, so its time would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One side of a comparison."""
+
+    call: Callable[[], object]
+    """What is timed. On a GPU it may return before the device is done."""
+    outcome: Any
+    """What it finds, to be compared with what ours finds."""
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """What is measured together."""
+
+    group: str
+    """What ``--only`` names."""
+    rank: int
+    """Of its value: 0 first."""
+    model: str
+    task: str
+    name: str
+    dtype: str
+    shape: str
+    """The model and its input in words."""
+    tokens: int
+    """Of targets, in a call."""
+    providers: tuple[str, ...]
+    """Ours first."""
+    prepare: Callable[[str], Provider]
+    """Makes a provider; raises :class:`AbsentError`."""
+    compare: Callable[[Any, Any], Row]
+    """From outcomes of ours and of another to what is said of it; raises
+    :class:`DisagreementError`."""
+    counts_operators: bool = True
+    """Whether launches and memory are worth a call each on a CPU."""
+    shows_ours: bool = True
+    """False where another case has the row of ours."""
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.model} {self.task} {self.name} {self.dtype}"
+
+    def row(self, provider: str, **fields: Any) -> Row:
+        """A row of this case."""
+        return {
+            "suite": "models",
+            "model": self.model,
+            "task": self.task,
+            "case": self.name,
+            "dtype": self.dtype,
+            "provider": provider,
+            **fields,
+        }
+
+    def shown(self) -> tuple[str, ...]:
+        """The providers that have a row."""
+        return self.providers if self.shows_ours else self.providers[1:]
+
+
+def rows_of(case: ModelCase, device: str, rounds: int) -> Iterator[Row]:
+    """One row a provider, as soon as it is known."""
+    try:
+        yield from _compare(case, device, rounds)
+    finally:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _compare(case: ModelCase, device: str, rounds: int) -> Iterator[Row]:
+    calls: dict[str, Callable[[], object]] = {}
+    said: dict[str, Row] = {}
+    outcome: Any = None
+    for name in case.providers:
+        try:
+            provider = case.prepare(name)
+            said[name] = {}
+            if name == OURS:
+                outcome = provider.outcome
+            elif outcome is not None:
+                said[name] = case.compare(outcome, provider.outcome)
+            calls[name] = synchronized(provider.call, device)
+        except AbsentError as reason:
+            yield from _if_shown(case, name, absent=str(reason))
+        except DisagreementError as error:
+            yield from _if_shown(case, name, failed=str(error), disagrees=True)
+        except Exception:
+            yield from _if_shown(case, name, failed=_error())
+    if not any(name in calls for name in case.shown()):
+        return
+    try:
+        times = interleaved(calls, rounds, seconds=0.0)
+    except Exception:
+        for name in calls:
+            yield from _if_shown(case, name, failed=_error())
+        return
+    for name, call in calls.items():
+        s = summary(times[name].seconds)
+        fields: Row = {
+            "p20_ms": s.p20 * 1e3,
+            "p50_ms": s.median * 1e3,
+            "p80_ms": s.p80 * 1e3,
+            "rounds": len(times[name].seconds),
+            "tokens_per_s": case.tokens / s.median,
+            "shape": case.shape,
+            **said[name],
+        }
+        if OURS in calls and name != OURS:
+            r = ratio(times[name].seconds, times[OURS].seconds)
+            fields["ratio"] = [r.q25, r.median, r.q75]
+        if device == "cuda" or case.counts_operators:
+            fields |= _counts(name, call, device)
+        yield from _if_shown(case, name, **fields)
+
+
+def _counts(name: str, call: Callable[[], object], device: str) -> Row:
+    """Launches and memory; a profiler that fails takes no time away."""
+    if name == "ctranslate2":  # torch sees nothing of it
+        return {}
+    try:
+        peak = {"peak_bytes": peak_bytes(call, device)}
+        if name == "torch_compile" and device == "cpu":  # its kernels are no operators
+            return peak
+        return {**peak, **launches(call, device)}
+    except Exception:
+        return {"uncounted": _error()}
+
+
+class WithoutGraph:
+    """A decoder whose steps are not captured in a CUDA graph.
+
+    Args:
+        model: A decoder; see ``fused_attn.generation.Decoder``.
+    """
+
+    decodes_on_static_shapes = False
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def synchronized(call: Callable[[], object], device: str) -> Callable[[], object]:
+    """The call and the device's work for it: the clock of the host then measures both."""
+    if device == "cpu":
+        return call
+
+    def run() -> object:
+        result = call()
+        done = torch.cuda.Event()
+        done.record()
+        done.synchronize()
+        return result
+
+    return run
+
+
+def sentences_agree(ours: list[list[int]], theirs: list[list[int]], exact: bool) -> Row:
+    """The share of equal tokens at equal places.
+
+    Args:
+        ours: Tokens of each sentence.
+        theirs: Likewise.
+        exact: Whether they must be equal, as in fp32. Rounding may decide between candidates that
+            are as good as equal, so that of every 64 sentences one may differ.
+
+    Raises:
+        DisagreementError: They must be and are not.
+    """
+    pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=False)]
+    share = sum(a == b for a, b in pairs) / max(1, sum(map(len, ours)))
+    different = sum(x != y for x, y in zip(ours, theirs, strict=True))
+    if exact and different > len(ours) // 64:
+        raise DisagreementError(
+            f"{different} of {len(ours)} sentences differ ({share:.1%} of the tokens are equal), "
+            "so it is not timed"
+        )
+    return {"agreement": share}
+
+
+def same_loss(ours: float, theirs: float) -> Row:
+    """Both losses, which must be the same.
+
+    Raises:
+        DisagreementError: They are not.
+    """
+    if not abs(ours - theirs) <= 1e-4 * abs(ours):
+        raise DisagreementError(f"the models find different losses, {ours} and {theirs}: not timed")
+    return {"loss": theirs}
+
+
+def _if_shown(case: ModelCase, name: str, **fields: Any) -> Iterator[Row]:
+    if name in case.shown():
+        yield case.row(name, **fields)
+
+
+def _error() -> str:
+    return traceback.format_exc(limit=-4)[-ERROR_CHARACTERS:]
