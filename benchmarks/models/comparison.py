@@ -67,8 +67,8 @@ class ModelCase:
     compare: Callable[[Any, Any], Row]
     """From outcomes of ours and of another to what is said of it; raises
     :class:`DisagreementError`."""
-    counts_operators: bool = True
-    """Whether launches and memory are worth a call each on a CPU."""
+    counts: bool = True
+    """Whether launches are worth counting, which on a GPU takes seconds, and memory on a CPU."""
     shows_ours: bool = True
     """False where another case has the row of ours."""
 
@@ -145,22 +145,23 @@ def _compare(case: ModelCase, device: str, rounds: int) -> Iterator[Row]:
         if OURS in calls and name != OURS:
             r = ratio(times[name].seconds, times[OURS].seconds)
             fields["ratio"] = [r.q25, r.median, r.q75]
-        if device == "cuda" or case.counts_operators:
-            fields |= _counts(name, call, device)
+        fields |= _counted(case, name, call, device)
         yield from _if_shown(case, name, **fields)
 
 
-def _counts(name: str, call: Callable[[], object], device: str) -> Row:
-    """Launches and memory; a profiler that fails takes no time away."""
-    if name == "ctranslate2":  # torch sees nothing of it
-        return {}
+def _counted(case: ModelCase, name: str, call: Callable[[], object], device: str) -> Row:
+    """Memory and launches; a profiler that fails takes no time away."""
+    found: Row = {}
+    if name == "ctranslate2" or not (case.counts or device == "cuda"):
+        return found  # torch sees nothing of the former
     try:
-        peak = {"peak_bytes": peak_bytes(call, device)}
-        if name == "torch_compile" and device == "cpu":  # its kernels are no operators
-            return peak
-        return {**peak, **launches(call, device)}
+        found["peak_bytes"] = peak_bytes(call, device)
+        # Of compiled code on a CPU, kernels are no operators.
+        if case.counts and not (name == "torch_compile" and device == "cpu"):
+            found |= launches(call, device)
     except Exception:
-        return {"uncounted": _error()}
+        found["uncounted"] = _error()
+    return found
 
 
 def is_ready(device: str) -> bool:

@@ -76,7 +76,7 @@ def _case(
         providers=(OURS, "torch_padded") if full else (OURS, "torch_packed", "torch_padded"),
         prepare=prepare,
         compare=_same_output,
-        counts_operators=False,
+        counts=False,
     )
 
 

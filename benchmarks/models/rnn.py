@@ -288,7 +288,7 @@ def _search(size: Size, device: str, sentences: int, rank: int) -> ModelCase:
         providers=(OURS, OURS_EAGER, "torch") if device == "cuda" else (OURS, "torch"),
         prepare=prepare,
         compare=partial(sentences_agree, exact=True),
-        counts_operators=False,
+        counts=device == "cuda" and rank == 0,
     )
 
 

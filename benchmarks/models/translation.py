@@ -88,7 +88,7 @@ def _case(
         providers=tuple(providers),
         prepare=prepare,
         compare=partial(sentences_agree, exact=dtype == "float32"),
-        counts_operators=False,
+        counts=device == "cuda" and rank == 0,
     )
 
 

@@ -184,7 +184,7 @@ def case(name: str = "a", **providers: Callable[[], Provider]) -> ModelCase:
         providers=tuple(made),
         prepare=lambda provider: made[provider](),
         compare=compare,
-        counts_operators=False,
+        counts=False,
     )
 
 
