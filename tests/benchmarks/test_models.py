@@ -19,7 +19,7 @@ from benchmarks.models import comparison, rnn, transformer_step, translation
 from benchmarks.models.comparison import AbsentError, DisagreementError, ModelCase, Provider
 from benchmarks.models.counting import launches
 from benchmarks.models.sizes import BASE, TINY
-from benchmarks.timing import peak_bytes
+from benchmarks.timing import Times, peak_bytes
 from fused_attn.models import RNNSeq2Seq, RNNSeq2SeqConfig, TransformerConfig, rnn_decoding
 
 Row = dict[str, Any]
@@ -192,12 +192,22 @@ def rows_of(toy: ModelCase) -> dict[str, Row]:
     return {row["provider"]: row for row in comparison.rows_of(toy, "cpu", 3)}
 
 
-def test_times_and_ratio() -> None:
+def test_times_and_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {"fused_attn": Times([0.001, 0.002, 0.004]), "theirs": Times([0.002, 0.008, 0.004])}
+    monkeypatch.setattr(comparison, "interleaved", lambda *args, **options: taken)
     rows = rows_of(case())
-    assert rows["theirs"]["p50_ms"] >= 3.0
-    assert rows["theirs"]["tokens_per_s"] == pytest.approx(5e3 / rows["theirs"]["p50_ms"])
-    low, middle, high = rows["theirs"]["ratio"]
-    assert 1.0 < low <= middle <= high
+    assert rows["theirs"] == {
+        **case().row("theirs"),
+        "p20_ms": 2.0,
+        "p50_ms": 4.0,
+        "p80_ms": 8.0,
+        "rounds": 3,
+        "tokens_per_s": 1250.0,
+        "shape": "small",
+        "agreement": 1.0,
+        "ratio": [1.0, 2.0, 4.0],
+    }
+    assert rows["fused_attn"]["p50_ms"] == 2.0
 
 
 def test_ours_that_fails_leaves_the_peers_their_times() -> None:
