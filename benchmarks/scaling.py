@@ -3,8 +3,8 @@
 From a benchmark case of the op one dimension is doubled again and again. Ours, what a user has in
 plain PyTorch, and ``torch.compile`` or SDPA take turns, as in `benchmarks.operators`; beside each
 time stands the floor of the cost model at the roof measured in the same run, beside each peak of
-memory what a call must hold. A provider that gets too slow or too large is left out of what follows,
-and its row says what the next point would need.
+memory what a call must hold. A provider that gets too slow or too large is left out of what
+follows, and its row says what the next point would need.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from .timing import interleaved, peak_bytes, summary
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
 PEERS = ("eager", "sdpa", "compile")
 """Beside ours, of those that an op has."""
-# More than the few hundred bytes of numbers that a peer passes around on a GPU and no tensor of it.
 _GIB = float(1 << 30)
 
 
@@ -109,7 +108,7 @@ SWEEPS = (
         "self_512",
         "self_4096_gpu",
         _powers(64, 8192),
-        lambda base, S: {"S": S},
+        lambda base, S: {"B": 16, "S": S},
     ),
     Sweep(
         "decode_attention",
@@ -251,7 +250,7 @@ class Limits:
     """The largest peak."""
 
 
-FULL = Limits(rounds=7, call_seconds=0.4, point_seconds=3.0, check_seconds=1.0, bytes=4 * _GIB)
+FULL = Limits(rounds=7, call_seconds=0.4, point_seconds=1.5, check_seconds=1.0, bytes=4 * _GIB)
 QUICK = Limits(rounds=3, call_seconds=0.05, point_seconds=0.3, check_seconds=0.2, bytes=_GIB)
 
 
@@ -259,7 +258,8 @@ QUICK = Limits(rounds=3, call_seconds=0.05, point_seconds=0.3, check_seconds=0.2
 class _Provider:
     """What is known of one along a sweep."""
 
-    run: Run
+    make: Callable[[Case], Run]
+    """Prepares it for a point."""
     checks: str | None = None
     """The backend that is compared with the oracle; None for peers."""
     checked: list[tuple[int, float]] = field(default_factory=list)
@@ -298,23 +298,24 @@ def held_bytes(
 
 def providers(sweep: Sweep, device: str, quick: bool) -> dict[str, _Provider]:
     """Ours by name, and the peers of the sweep; quick: nothing that must be compiled."""
-    found: dict[str, _Provider] = {}
-    for name, backend in our_providers(sweep.op, device).items():
-
-        def ours(inputs: Mapping[str, Any], backend: str | None = backend) -> tuple[Tensor, ...]:
-            return base.run(inputs, backend)
-
-        found[name] = _Provider(ours, checks=name)
     base = sweep.base_case(device)
+    found = {
+        name: _Provider(functools.partial(_ours, backend), checks=name)
+        for name, backend in our_providers(sweep.op, device).items()
+    }
     peers = peers_of(sweep.op, device)
     for name in PEERS:
         if name == "eager" and sweep.op == "attention":
-            found[name] = _Provider(bench_attention.forced("MATH")(base))
+            found[name] = _Provider(bench_attention.forced("MATH"))
         elif name in peers and name != "compile":
-            found[name] = _Provider(peers[name].make(base))
+            found[name] = _Provider(peers[name].make)
         elif name in peers and not quick:
-            found[name] = _Provider(_compiled(sweep.op, base))
+            found[name] = _Provider(lambda case: _compiled(sweep.op, base))
     return found
+
+
+def _ours(backend: str | None, case: Case) -> Run:
+    return lambda inputs: case.run(inputs, backend)
 
 
 @functools.lru_cache
@@ -340,7 +341,7 @@ def measure(
         case = sweep.case(value, device)
         dtype = timed_dtypes(case, device)[-1]
         inputs = case_inputs(case, dtype, device)
-        failed = {name: _check(p, case, dtype, device, value, limits) for name, p in known.items()}
+        bad = {name: _check(p, case, dtype, device, value, limits) for name, p in known.items()}
         for direction in directions if case.differentiable else ("forward",):
             head: Row = {
                 "suite": "scaling",
@@ -351,29 +352,31 @@ def measure(
                 "dtype": str(dtype).removeprefix("torch."),
                 "direction": direction,
             }
-            for name, row in _point(case, inputs, direction, device, known, failed, limits):
+            for name, row in _point(case, inputs, direction, device, known, bad, limits):
                 floor = case.floor_seconds(roof, dtype, direction)
                 yield {**head, "provider": name, **row, "floor_ms": floor * 1e3}
 
 
 def _check(
     provider: _Provider, case: Case, dtype: torch.dtype, device: str, value: int, limits: Limits
-) -> str:
-    """Compare ours with the oracle, unless that would take too long; what is wrong with it."""
+) -> Row:
+    """Compare ours with the oracle, unless that would take too long; why it is not timed."""
     if provider.checks is None:
-        return ""
+        return {}
     if provider.checked:
         seconds = [s for _, s in provider.checked[-2:]]
         before = seconds[0] if len(seconds) > 1 else 0.0
         if _next(seconds[-1], before) > limits.check_seconds or provider.checked[-1][0] * 4 < value:
-            return ""
+            return {}
     started = time.perf_counter()
     try:
         require_correct(case, our_providers(case.op, device)[provider.checks], dtype, device)
+    except NotImplementedError as error:
+        return {"absent": str(error)}
     except Exception:  # a row of the report, so that the other providers are still timed
-        return traceback.format_exc(limit=-4)
+        return {"failed": traceback.format_exc(limit=-4)}
     provider.checked.append((value, time.perf_counter() - started))
-    return ""
+    return {}
 
 
 def _point(
@@ -382,23 +385,27 @@ def _point(
     direction: Direction,
     device: str,
     known: Mapping[str, _Provider],
-    failed: Mapping[str, str],
+    bad: Mapping[str, Row],
     limits: Limits,
 ) -> Iterator[tuple[str, Row]]:
     """One row a provider."""
-    calls, beside = {}, {}
+    calls: dict[str, Callable[[], object]] = {}
+    peaks: dict[str, int] = {}
+    held: int | None = None
     for name, provider in known.items():
         past = provider.past.setdefault(direction, [])
         if reason := provider.would_need(direction, limits):
             yield name, {"absent": reason}
             continue
-        if failed[name]:
-            yield name, {"failed": failed[name]}
+        if bad[name]:
+            yield name, bad[name]
             continue
         try:
-            with torch.no_grad():
-                held = held_bytes(case, inputs, provider.run(inputs), direction)
-            call = bind(case, provider.run, inputs, direction)
+            run = provider.make(case)
+            if held is None and provider.checks is not None:
+                with torch.no_grad():
+                    held = held_bytes(case, inputs, run(inputs), direction)
+            call = bind(case, run, inputs, direction)
             call()
             started = time.perf_counter()
             peak = peak_bytes(call, device)
@@ -409,11 +416,11 @@ def _point(
         except Exception:  # likewise
             yield name, {"failed": traceback.format_exc(limit=-4)}
         else:
-            calls[name], beside[name] = call, {"peak_bytes": peak, "held_bytes": held}
+            calls[name], peaks[name] = call, peak
             past.append((seconds, peak))
     together = sum(known[name].past[direction][-1][0] for name in calls)
     rounds = max(3, min(limits.rounds, int(limits.point_seconds / max(together, 1e-9))))
-    times = interleaved(calls, rounds, limits.point_seconds / 100, device)
+    times = interleaved(calls, rounds, limits.call_seconds / 20, device)
     for name, taken in times.items():
         s = summary(taken.seconds)
         past = known[name].past[direction]
@@ -423,7 +430,8 @@ def _point(
             "p50_ms": s.median * 1e3,
             "p80_ms": s.p80 * 1e3,
             "rounds": rounds,
-            **beside[name],
+            "peak_bytes": peaks[name],
+            "held_bytes": held,
         }
         if known[name].checks is not None:
             checked = known[name].checked
@@ -445,7 +453,7 @@ def line(row: Row) -> str:
             return f"{head}{problem}, {row[problem].strip().splitlines()[-1]}"
     return (
         f"{head}{row['p50_ms']:.4g} ms (floor {row['floor_ms']:.3g}), "
-        f"{row['peak_bytes'] / 1e6:.4g} MB (holds {row['held_bytes'] / 1e6:.4g})"
+        f"{row['peak_bytes'] / 1e6:.4g} MB (must hold {(row['held_bytes'] or 0) / 1e6:.4g})"
     )
 
 
@@ -465,6 +473,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, quick = arguments.device, arguments.quick
     machine = describe(device)
     print(f"{machine['name']}, torch {machine['torch']}, {machine['threads']} threads")
+    limits = QUICK if quick else FULL
+    if device == "cuda":
+        limits = dataclasses.replace(limits, bytes=torch.cuda.mem_get_info()[0] / 2)
     failures = 0
     with writer(device, arguments.out) as into:
         roof = measure_roof(device, 3 if quick else 7)
@@ -476,7 +487,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             values = sweep.values[::-2][::-1] if quick else sweep.values
             wanted = DIRECTIONS[:1] if quick else DIRECTIONS
-            limits = QUICK if quick else FULL
             for row in measure(sweep, device, roof, limits, values, wanted, quick):
                 into.add(row)
                 print(line(row), flush=True)
