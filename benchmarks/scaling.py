@@ -420,7 +420,7 @@ def _point(
             past.append((seconds, peak))
     together = sum(known[name].past[direction][-1][0] for name in calls)
     rounds = max(3, min(limits.rounds, int(limits.point_seconds / max(together, 1e-9))))
-    times = interleaved(calls, rounds, limits.call_seconds / 20, device)
+    times = interleaved(calls, rounds, limits.point_seconds / 75, device)
     for name, taken in times.items():
         s = summary(taken.seconds)
         past = known[name].past[direction]
