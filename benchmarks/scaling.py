@@ -3,8 +3,8 @@
 From a benchmark case of the op one dimension is doubled again and again. Ours, what a user has in
 plain PyTorch, and ``torch.compile`` or SDPA take turns, as in `benchmarks.operators`; beside each
 time stands the floor of the cost model at the roof measured in the same run, beside each peak of
-memory what a call must hold. A provider that gets too slow or too large is left out of what
-follows, and its row says what the next point would need.
+memory what a call must hold: its outputs and gradients. A provider that gets too slow or too large
+is left out of what follows, and its row says what the next point would need.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,15 +285,10 @@ def _next(last: float, before: float) -> float:
     return last * (last / before if before else 4.0)
 
 
-def held_bytes(
-    case: Case, inputs: Mapping[str, Any], outputs: Sequence[Tensor], direction: Direction
-) -> int:
-    """What any call must hold beside its inputs: outputs, and with a gradient the gradients."""
-    held = list(outputs) if "forward" in direction else []
-    if "backward" in direction:
-        given = (inputs.get(name) for name in case.differentiable)
-        held += [leaf for leaf in given if isinstance(leaf, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+def held_bytes(tensors: Iterable[object]) -> int:
+    """Bytes of tensors' memory, where several are of the same once."""
+    storages = (t.untyped_storage() for t in tensors if isinstance(t, Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def providers(sweep: Sweep, device: str, quick: bool) -> dict[str, _Provider]:
@@ -389,7 +384,7 @@ def _point(
     limits: Limits,
 ) -> Iterator[tuple[str, Row]]:
     """One row a provider."""
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     peaks: dict[str, int] = {}
     held: int | None = None
     for name, provider in known.items():
@@ -402,11 +397,14 @@ def _point(
             continue
         try:
             run = provider.make(case)
-            if held is None and provider.checks is not None:
-                with torch.no_grad():
-                    held = held_bytes(case, inputs, run(inputs), direction)
             call = bind(case, run, inputs, direction)
-            call()
+            if held is None and provider.checks is not None:
+                outputs: Any = bind(case, run, inputs, "forward")()
+                gradients: Any = call() if direction != "forward" else ()
+                held = held_bytes((*outputs, *gradients))
+                del outputs, gradients
+            else:
+                call()
             started = time.perf_counter()
             peak = peak_bytes(call, device)
             seconds = time.perf_counter() - started
