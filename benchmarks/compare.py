@@ -46,6 +46,9 @@ _FALSE_ALARMS = 0.05
 """Of comparisons of two runs of the same code, those in which noise exceeds the limit."""
 _FEWEST_CONTROLS = 8
 """Fewer changes of peers have no spread to speak of."""
+_TURNS = 5
+"""Of rows that do not say how many there were."""
+_SHORTEST_COMMIT = 4
 _GROWN_ERROR, _GROWN_MEMORY, _PAGE = 1.10, 1.01, 4096
 PACKAGE_OF = {
     "hugging_face": "transformers",
@@ -262,7 +265,7 @@ def _of_ratio(row: Row) -> Interval:
 
 def _of_time(row: Row) -> Interval:
     spread = math.log(row["p80_ms"] / row["p20_ms"]) / _QUINTILES
-    return Interval.around(row["p50_ms"], spread, row["rounds"])
+    return Interval.around(row["p50_ms"], spread, row.get("rounds", _TURNS))
 
 
 def _grown(row: Row, now: Row) -> Iterator[tuple[str, str]]:
@@ -307,12 +310,12 @@ def _meant(text: str, known: Sequence[Run], folder: Path) -> Run | list[Run]:
             return read(path)
         except ValueError as error:
             raise UnusableError(str(error)) from error
-    commit = _commit(text)
+    commit = _commit(text) or text
     found = [
         run
         for run in known
-        if run.path.relative_to(folder).with_suffix("").as_posix().startswith(text)
-        or (run.machine["commit"] or "").startswith(commit or text)
+        if ("/" in text and run.path.relative_to(folder).as_posix().startswith(text))
+        or (len(commit) >= _SHORTEST_COMMIT and (run.machine["commit"] or "").startswith(commit))
     ]
     if not found:
         raise UnusableError(
@@ -380,6 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--threshold must be above 1: how many times as long counts as slower")
     try:
         a, b = resolve(arguments.a, arguments.b, arguments.results)
+        if a.path == b.path:
+            raise UnusableError(f"A and B are both {a.path}")
         result = compare(a, b, arguments.threshold, arguments.suite, arguments.op)
         if not result.verdicts and not any(result.notes.values()):
             raise UnusableError("no row of ours is in either run")
