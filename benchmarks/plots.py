@@ -20,7 +20,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.text import Text
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    MultipleLocator,
+    NullLocator,
+)
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -35,6 +43,7 @@ _MARKERS = "DsP^v"
 _CACHED = 1.2
 """Times as fast as memory, from which a cache has a line of its own."""
 _WIDTH = 8.4
+_GAP = 0.02
 _DPI = 192
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -147,9 +156,9 @@ def headline(data: Data) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", length=2)
-    _title(figure, "How many times as fast as others", data["device"])
     names = [("■ the fastest other", OURS), ("■ the slowest other", PALE), ("■ slower", WORSE)]
-    _legend(figure, 0.30, names if min(times) < 1 else names[:2])
+    names = names if min(times) < 1 else names[:2]
+    _title(figure, "How many times as fast as others", data["device"], 0.30, names)
     return figure
 
 
@@ -191,19 +200,11 @@ def roofline(data: Data) -> Figure:
     least = min(min(point["ours"], point["peer"]) for point in points) / 2
     for axes, (op, some) in zip(grid.flat, ops.items(), strict=False):
         _roof(axes, data, low, high)
-        for point in some:
-            x = point["intensity"]
-            axes.plot([x, x], [point["peer"], point["ours"]], color=FAINT, linewidth=0.4, zorder=2)
-            axes.plot(
-                x,
-                point["peer"],
-                "o",
-                color=PEERS[0],
-                markerfacecolor="none",
-                markersize=4,
-                zorder=3,
-            )
-            axes.plot(x, point["ours"], "o", color=OURS, markersize=4, zorder=4)
+        xs, ours, theirs = ([p[name] for p in some] for name in ("intensity", "ours", "peer"))
+        axes.vlines(xs, theirs, ours, color=FAINT, linewidth=0.4, zorder=2)
+        hollow = {"markerfacecolor": "none", "markeredgecolor": PEERS[0]}
+        axes.plot(xs, theirs, "o", markersize=4, zorder=3, **hollow)
+        axes.plot(xs, ours, "o", markersize=4, zorder=4, color=OURS)
         axes.set_title(op.replace("_", " "))
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(least, peak * 3))
         axes.grid()
@@ -215,13 +216,12 @@ def roofline(data: Data) -> Figure:
         axes.set_visible(False)
     figure.subplots_adjust(0.085, 0.45 / height, 0.985, 1 - 0.76 / height, wspace=0.08, hspace=0.24)
     figure.supxlabel("operations a byte", size=8, y=0.08 / height)
-    _title(figure, "Operations a second under the roof", data["device"])
     dtype = max(data["products"], key=data["products"].get)
     roof = f"— memory {_rate(data['memory'])}B/s, products in {dtype} {_rate(peak)}FLOP/s"
     names = [("● ours", OURS), ("○ the fastest other", PEERS[0]), (roof, TEXT)]
     if data["cache"] > _CACHED * data["memory"]:
         names.append((f"- - cache {_rate(data['cache'])}B/s", TEXT))
-    _legend(figure, 0.235, names)
+    _title(figure, "Operations a second under the roof", data["device"], 0.235, names)
     return figure
 
 
@@ -255,17 +255,16 @@ def shares(data: Data) -> Figure:
     )
     most = max(max(row["ours"], *row["peers"].values()) for rows in panels.values() for row in rows)
     for axes, (direction, rows) in zip(grid[0], panels.items(), strict=True):
-        for row in rows:
-            y = places[row["label"]]
-            axes.barh(y, row["ours"], height=0.7, color=OURS)
-            for i, name in enumerate(peers):
-                if name in row["peers"]:
-                    style = {"marker": _MARKERS[i % 5], "color": PEERS[i % 5], "markersize": 4.2}
-                    edge = {"markeredgecolor": "white", "markeredgewidth": 0.4}
-                    axes.plot(row["peers"][name], y, **style, **edge)
+        ys = [places[row["label"]] for row in rows]
+        axes.barh(ys, [row["ours"] for row in rows], height=0.7, color=OURS)
+        for i, name in enumerate(peers):
+            reached = [row["peers"].get(name, math.nan) for row in rows]
+            edge = {"markersize": 4.2, "markeredgecolor": "white", "markeredgewidth": 0.4}
+            axes.plot(reached, ys, _MARKERS[i % 5], color=PEERS[i % 5], **edge)
         axes.axvline(1, color=TEXT, linewidth=1.0)
         axes.set_title(direction.replace("+", " + "))
         axes.set_xlim(0, max(1.05, 1.05 * most))
+        axes.xaxis.set_major_locator(MaxNLocator(3) if most > 2 else MultipleLocator(0.5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set_yticks(range(len(labels)), labels)
@@ -274,10 +273,11 @@ def shares(data: Data) -> Figure:
         axes.set_axisbelow(True)
     left = 0.02 + 0.0082 * max(len(label) for label in labels)
     figure.subplots_adjust(left, 0.28 / height, 0.98, 1 - 0.78 / height, wspace=0.08)
-    _title(figure, f"Share of the roof: {data['op'].replace('_', ' ')}", data["device"])
     glyphs = {"D": "◆", "s": "■", "P": "✚", "^": "▲", "v": "▼"}
     names = [(f"{glyphs[_MARKERS[i % 5]]} {name}", PEERS[i % 5]) for i, name in enumerate(peers)]
-    _legend(figure, 0.30, [("■ ours", OURS), *names])
+    names.insert(0, ("■ ours", OURS))
+    words = f"Share of the roof: {data['op'].replace('_', ' ')}"
+    _title(figure, words, data["device"], 0.30, names)
     return figure
 
 
@@ -314,10 +314,11 @@ def scaling(data: Data) -> Figure:
                 axes.set_title(f"{way[0].replace('+', ' + ')}{several}, {what}", size=8)
     _size_ticks(grid, panels, dimensions)
     figure.subplots_adjust(0.085, 0.45 / height, 0.985, 1 - 0.8 / height, wspace=0.08, hspace=0.36)
-    _title(figure, f"{data['op'].replace('_', ' ')} as it grows", data["device"])
     names = [("● ours", OURS)]
     names += [(f"● {PEER_NAMES.get(name, name)}", _peer_color(others, name)) for name in others]
-    _legend(figure, 0.30, [*names, ("- - the model", TEXT)])
+    names.append(("- - the model", TEXT))
+    words = f"{data['op'].replace('_', ' ')} as it grows"
+    _title(figure, words, data["device"], 0.30, names)
     return figure
 
 
@@ -361,21 +362,35 @@ def _size_ticks(grid: Any, panels: Sequence[Data], dimensions: Sequence[str]) ->
 # --- words ---------------------------------------------------------------------------------------
 
 
-def _title(figure: Figure, words: str, device: str) -> None:
-    """At the top left, the device below."""
+def _title(
+    figure: Figure, words: str, device: str, x: float, names: Sequence[tuple[str, str]]
+) -> None:
+    """At the top left; below it the device, and words in the colours that they explain.
+
+    Args:
+        figure: To be written on.
+        words: The title.
+        device: Its name.
+        x: Where the explanations begin, further left if there are many.
+        names: What they say, with their colours.
+    """
     height = figure.get_figheight()
     figure.text(0.012, 1 - 0.2 / height, words, weight="bold", size=10.5)
-    figure.text(0.012, 1 - 0.41 / height, device, color=FAINT)
+    y = 1 - 0.41 / height
+    left = 0.012 + _written(figure.text(0.012, y, device, color=FAINT)) + _GAP
+    texts = [figure.text(0, y, word, color=color) for word, color in names]
+    needed = sum(_written(text) + _GAP for text in texts)
+    x = max(left, min(x, 1 - needed))
+    for text in texts:
+        text.set_x(x)
+        x += _written(text) + _GAP
 
 
-def _legend(figure: Figure, x: float, words: Sequence[tuple[str, str]]) -> None:
-    """On the device's line: words in the colours that they explain, one after the other."""
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    width = figure.get_figwidth() * figure.dpi
-    y = 1 - 0.41 / figure.get_figheight()
-    for word, color in words:
-        text = figure.text(x, y, word, color=color)
-        x += text.get_window_extent(renderer).width / width + 0.022
+def _written(text: Text) -> float:
+    """The width of a text as a share of its figure's."""
+    figure = text.get_figure()
+    assert isinstance(figure, Figure)
+    return float(text.get_window_extent().width / figure.bbox.width)
 
 
 def _peer_color(others: Sequence[str], name: str) -> str:
