@@ -318,9 +318,7 @@ def _meant(text: str, known: Sequence[Run], folder: Path) -> Run | list[Run]:
         or (len(commit) >= _SHORTEST_COMMIT and (run.machine["commit"] or "").startswith(commit))
     ]
     if not found:
-        raise UnusableError(
-            f"'{text}' is no file, and no run in {folder} is of that name or commit"
-        )
+        raise UnusableError(f"'{text}' is no file, nor name nor commit of a run in {folder}")
     return found
 
 

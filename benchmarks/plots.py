@@ -244,16 +244,15 @@ def _roof(axes: Axes, data: Data, low: float, high: float) -> None:
 def shares(data: Data) -> Figure:
     """A bar a case for ours and a mark a peer, in a panel a direction."""
     panels = data["panels"]
-    labels = list(dict.fromkeys(row["label"] for rows in panels.values() for row in rows))
+    every = [row for rows in panels.values() for row in rows]
+    labels = list(dict.fromkeys(row["label"] for row in every))
     places = {label: i for i, label in enumerate(labels)}
-    peers = list(
-        dict.fromkeys(name for rows in panels.values() for row in rows for name in row["peers"])
-    )
+    peers = list(dict.fromkeys(name for row in every for name in row["peers"]))
     height = 0.19 * len(labels) + 1.2
     figure, grid = pyplot.subplots(
         1, len(panels), figsize=(_WIDTH, height), sharey=True, squeeze=False
     )
-    most = max(max(row["ours"], *row["peers"].values()) for rows in panels.values() for row in rows)
+    most = max(share for row in every for share in (row["ours"], *row["peers"].values()))
     for axes, (direction, rows) in zip(grid[0], panels.items(), strict=True):
         ys = [places[row["label"]] for row in rows]
         axes.barh(ys, [row["ours"] for row in rows], height=0.7, color=OURS)
