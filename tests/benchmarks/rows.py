@@ -54,7 +54,13 @@ def providers(
         floor: Seconds.
         fields: Of the row of ours besides.
     """
-    head = {"suite": "operators", "op": op, "case": case, "dtype": "float32", "direction": direction}
+    head = {
+        "suite": "operators",
+        "op": op,
+        "case": case,
+        "dtype": "float32",
+        "direction": direction,
+    }
     ours = next(iter(seconds))
     rows = []
     for name, turns in seconds.items():

@@ -29,9 +29,7 @@ def run(rows: list[dict[str, Any]], **fields: Any) -> Run:
 @pytest.mark.parametrize(
     ("turns", "within", "between"), [(15, 0.03, 0.01), (15, 0.1, 0.03), (5, 0.05, 0.03)]
 )
-def test_two_runs_of_the_same_code(
-    turns: int, within: float, between: float, speed: float
-) -> None:
+def test_two_runs_of_the_same_code(turns: int, within: float, between: float, speed: float) -> None:
     noise = {"cases": CASES, "turns": turns, "within": within, "between": between}
     alarms = []
     for seed in range(4):
@@ -83,7 +81,9 @@ def test_without_peers_the_time_alone_counts() -> None:
 
 def test_a_change_of_one_peer_is_none_of_ours() -> None:
     peers = {"compile": 2.0, "copy": 0.5}
-    before = [row for i in range(9) for row in providers(f"case_{i}", steady(1.0, eager=3, **peers))]
+    before = [
+        row for i in range(9) for row in providers(f"case_{i}", steady(1.0, eager=3, **peers))
+    ]
     after = [row for i in range(8) for row in providers(f"case_{i}", steady(1.0, eager=3, **peers))]
     after += providers("case_8", steady(1.0, eager=1.5, **peers))
     result = compare(run(before), run(after))
@@ -164,7 +164,10 @@ def results(tmp_path: Path) -> Path:
 )
 def test_runs_are_found(results: Path, a: str, b: str) -> None:
     found = resolve(a, b, results)
-    assert [one.path.name for one in found] == ["2026-01-02-aaaa0aa.jsonl", "2026-02-03-bbbb0bb.jsonl"]
+    assert [one.path.name for one in found] == [
+        "2026-01-02-aaaa0aa.jsonl",
+        "2026-02-03-bbbb0bb.jsonl",
+    ]
     assert {one.path.parent.name for one in found} == {"some-avx2"}
 
 
