@@ -78,9 +78,7 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
     return list(found.values())
 
 
-def newest_rows(
-    runs: Sequence[Run], suite: str, **wanted: str
-) -> tuple[Run, list[Row]] | None:
+def newest_rows(runs: Sequence[Run], suite: str, **wanted: str) -> tuple[Run, list[Row]] | None:
     """Of a device's runs, the newest that has rows of a suite, and these.
 
     Args:
