@@ -8,6 +8,8 @@ fp64 oracle before it is timed; a wrong kernel gets no time. Rows go to the resu
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import functools
 import json
 import sys
@@ -20,12 +22,19 @@ import torch
 from torch import Tensor
 
 from fused_attn.ops._cases import Case, Direction, Roof
-from fused_attn.validation import OPS, case_inputs, check_case, fused_backends, op_cases
+from fused_attn.validation import (
+    OPS,
+    Comparison,
+    case_inputs,
+    check_case,
+    fused_backends,
+    op_cases,
+)
 
 from .peers import Run, peers_of
 from .results import Row, Writer, describe, writer
 from .roofs import copy_of, measure_roof, to_row
-from .timing import Call, Times, interleaved, peak_bytes, ratio, summary
+from .timing import Call, Times, interleaved, on_side_stream, peak_bytes, ratio, summary
 
 OURS = ("fused_attn", "triton", "cuda", "cpu")
 """Providers that are this library: its own choice, or a backend by name."""
@@ -34,6 +43,18 @@ QUICK_CASES = 2
 """Of each op, in the quick setting."""
 # On a GPU, inputs that take turns: another call's lines in the cache are then no help.
 _INPUT_SETS = 2
+
+Verdict = tuple[float, float] | str
+"""Of a check: what :func:`require_correct` returns, or why it raises."""
+
+
+class LostProcessError(RuntimeError):
+    """The GPU refuses this process any further work: another one must go on."""
+
+    def __init__(self, provider: str, rows: list[Row]) -> None:
+        super().__init__(f"{provider} has left the GPU unusable for this process")
+        self.rows = rows
+        """Those of the providers that failed."""
 
 
 def benchmark_cases(op: str, device: str = "cpu", quick: bool = False) -> list[Case]:
@@ -75,14 +96,45 @@ def require_correct(
     Raises:
         AssertionError: A result is outside its budget: a wrong kernel gets no time.
     """
-    comparisons = check_case(case, backend, dtype, device)
+    verdict = verdict_of(check_case(case, backend, dtype, device))
+    if isinstance(verdict, str):
+        raise AssertionError(f"is wrong, so it is not timed: {verdict}")
+    return verdict
+
+
+def verdict_of(comparisons: Sequence[Comparison]) -> Verdict:
+    """Of a case that was checked."""
     failed = [str(c) for c in comparisons if not c.passed]
     if failed:
-        raise AssertionError(f"is wrong, so it is not timed: {'; '.join(failed)}")
+        return "; ".join(failed)
     return (
-        max(c.max_error / c.size if c.size else 0.0 for c in comparisons),
-        max(c.share for c in comparisons),
+        max((c.max_error / c.size if c.size else 0.0 for c in comparisons), default=0.0),
+        max((c.share for c in comparisons), default=0.0),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs(case: Case, dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
+    """The case's inputs, as often as they take turns; the directions of a case share them."""
+    # Code compiled for earlier cases is of no use any more, and Dynamo keeps eight of a function.
+    torch.compiler.reset()
+    first = case_inputs(case, dtype, device)
+    others = range(1, _INPUT_SETS if device == "cuda" else 1)
+    return [first, *(copy.deepcopy(first) for _ in others)]
+
+
+def forget_inputs() -> None:
+    """Give up what is kept for a case's other directions."""
+    _inputs.cache_clear()
+
+
+@functools.lru_cache(maxsize=16)
+def _peer_run(case: Case, dtype: torch.dtype, device: str, name: str) -> Run:
+    """A peer prepared for a case in a dtype; its directions share what it compiles."""
+    peer = peers_of(case.op, device)[name]
+    if reason := peer.absent_reason():
+        raise NotImplementedError(reason)
+    return peer.make(case)
 
 
 def bind(case: Case, run: Run, inputs: Mapping[str, Any], direction: Direction) -> Call:
@@ -123,6 +175,8 @@ def measure(
     only: Sequence[str] = (),
     seconds: float = 0.02,
     samples: dict[str, Times] | None = None,
+    checked: Mapping[str, Verdict] | None = None,
+    announce: Callable[[str], None] = lambda provider: None,
 ) -> list[Row]:
     """One row a provider; one that is absent, refuses or fails is a row that says so.
 
@@ -136,6 +190,12 @@ def measure(
         only: Peers and backends by name; empty: all.
         seconds: On a CPU, how long a turn is.
         samples: Receives the times of each provider, if given.
+        checked: By backend, what a check has found already: it is not made again.
+        announce: Is told the name of a provider before that does anything, and the empty string
+            when all take turns.
+
+    Raises:
+        LostProcessError: A provider failed in a way that ends the use of the GPU.
     """
     head = {
         "suite": "operators",
@@ -147,23 +207,28 @@ def measure(
     rows: list[Row] = []
     calls: dict[str, list[Call]] = {}
     beside: dict[str, Row] = {}
-    sets = _INPUT_SETS if device == "cuda" else 1
-    inputs = [case_inputs(case, dtype, device) for _ in range(sets)]
-    for name, prepare in _providers(case, dtype, device, direction, only).items():
-        try:
-            run, more = prepare()
-            bound = [bind(case, run, one, direction) for one in inputs]
-            bound[0]()
-            beside[name] = {**more, "peak_bytes": peak_bytes(bound[0], device)}
-            calls[name] = bound
-        except NotImplementedError as error:
-            rows.append({**head, "provider": name, "absent": str(error)})
-        except Exception:  # a row of the report, so that the other providers are still timed
-            rows.append({**head, "provider": name, "failed": traceback.format_exc(limit=-4)})
     moved, flops = case.work(dtype, direction)
-    if moved and calls:
-        calls["copy"] = [copy_of(moved, device)]
-    times = interleaved(calls, rounds, seconds, device)
+    with on_side_stream(device):
+        inputs = _inputs(case, dtype, device)
+        prepared = _providers(case, dtype, device, direction, only, checked or {})
+        for name, prepare in prepared.items():
+            announce(name)
+            try:
+                run, more = prepare()
+                bound = [bind(case, run, one, direction) for one in inputs]
+                bound[0]()
+                beside[name] = {**more, "peak_bytes": peak_bytes(bound[0], device)}
+                calls[name] = bound
+            except NotImplementedError as error:
+                rows.append({**head, "provider": name, "absent": str(error)})
+            except Exception:  # a row of the report, so that the other providers are still timed
+                rows.append({**head, "provider": name, "failed": traceback.format_exc(limit=-4)})
+                if is_lost(device):
+                    raise LostProcessError(name, rows) from None
+        announce("")
+        if moved and calls:
+            calls["copy"] = [copy_of(moved, device)]
+        times = interleaved(calls, rounds, seconds, device)
     if samples is not None:
         samples.update(times)
     first = next((name for name in OURS if name in times), None)
@@ -202,22 +267,55 @@ def measure(
     return rows
 
 
+def warm_up(case: Case, dtype: torch.dtype, device: str, announce: Callable[[str], None]) -> None:
+    """Run every peer of a case once, so that what they compile is in the caches on disk.
+
+    What a peer cannot do is told when it is timed.
+    """
+    with on_side_stream(device):
+        inputs = _inputs(case, dtype, device)[0]
+        for name in peers_of(case.op, device):
+            announce(name)
+            for direction in directions(case):
+                if direction != "backward":
+                    with contextlib.suppress(Exception):
+                        bind(case, _peer_run(case, dtype, device, name), inputs, direction)()
+                if is_lost(device):
+                    return
+
+
+def is_lost(device: str) -> bool:
+    """Whether a failure on the GPU has ended what this process can do there."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def _providers(
-    case: Case, dtype: torch.dtype, device: str, direction: Direction, only: Sequence[str]
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    direction: Direction,
+    only: Sequence[str],
+    checked: Mapping[str, Verdict],
 ) -> dict[str, Callable[[], tuple[Run, Row]]]:
     """By name, what makes the function to time and what its row has besides the times."""
 
     def ours(backend: str | None) -> tuple[Run, Row]:
-        error, share = require_correct(case, backend, dtype, device)
+        found = checked.get(backend or OURS[0])
+        if isinstance(found, str):
+            raise AssertionError(f"is wrong, so it is not timed: {found}")
+        error, share = found or require_correct(case, backend, dtype, device)
         return lambda inputs: case.run(inputs, backend), {"error": error, "budget": share}
 
     def theirs(name: str) -> tuple[Run, Row]:
-        peer = peers_of(case.op, device)[name]
-        if reason := peer.absent_reason():
-            raise NotImplementedError(reason)
-        if direction != "forward" and not peer.differentiable:
+        if direction != "forward" and not peers_of(case.op, device)[name].differentiable:
             raise NotImplementedError("has no gradient")
-        return peer.make(case), {}
+        return _peer_run(case, dtype, device, name), {}
 
     known: dict[str, Callable[[], tuple[Run, Row]]] = {
         name: functools.partial(ours, backend)

@@ -15,6 +15,10 @@ from fused_attn.ops._cases import Case
 
 from .results import version
 
+# A backward that is timed by itself runs again and again on the same residuals, which compiled code
+# would otherwise write over.
+torch._functorch.config.donated_buffer = False
+
 Run = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
 """Computes a case's outputs from its inputs."""
 
@@ -44,9 +48,6 @@ def compiled(peer: Callable[[Case], Run]) -> Peer:
     """The same lines of PyTorch through ``torch.compile``, with static shapes."""
 
     def make(case: Case) -> Run:
-        torch._dynamo.reset()
-        # A backward that is timed by itself runs again and again on the same residuals.
-        torch._functorch.config.donated_buffer = False
         function = torch.compile(peer(case), dynamic=False)
         return lambda inputs: function(inputs)
 

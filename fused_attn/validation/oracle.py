@@ -44,7 +44,7 @@ def run_case(
     generator = torch.Generator().manual_seed(0)
     # Drawn in bf16's few bits, so that the cotangents are the same numbers in every dtype.
     cotangents = [
-        torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype).to(o.device) for o in roots
+        torch.randn(o.shape, generator=generator).bfloat16().to(o.device).to(o.dtype) for o in roots
     ]
     gradients = torch.autograd.grad(roots, list(leaves.values()), cotangents, allow_unused=True)
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):

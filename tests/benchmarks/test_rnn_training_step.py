@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
+from benchmarks.training_step import launches
 
 from benchmarks import rnn_training_step
-from benchmarks.training_step import launches
 from fused_attn.models import RNNSeq2Seq, RNNSeq2SeqConfig, rnn_decoding
 
 SMALL = ["--hidden=32", "--layers=1", "--vocab-size=50", "--batch=4", "--length=12", "--rounds=2"]

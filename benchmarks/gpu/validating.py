@@ -1,0 +1,151 @@
+"""The stage ``validate``: every case against the oracle, and what the timings need compiled."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fused_attn.validation import fused_backends, op_cases
+
+from .. import operators
+from ..results import Row
+from .processes import Failure, Pool, Task
+from .session import (
+    CASE_SECONDS,
+    DEATHS_ALLOWED,
+    SIDE_BY_SIDE,
+    Outcome,
+    Session,
+    dtype_name,
+    worker_command,
+)
+from .timed import comparison, operator_tasks
+
+# Those that prepare benchmark cases hold up to 20 GB each; the others next to nothing.
+PREPARING = 5
+
+
+def validation_tasks(session: Session) -> list[Task]:
+    """Every op, backend, case and dtype that has no verdict yet; ordinary cases first."""
+    done = set()
+    for row in session.suite("validate"):
+        if not session.retry_failed or row["verdict"] in ("passed", "refused"):
+            done.add((row["op"], row["backend"], row["case"], row["dtype"]))
+    ranked: list[tuple[tuple[bool, int], Task]] = []
+    for op in session.ops:
+        for backend in fused_backends(op, session.device):
+            cases = [case for case in op_cases(op) if case.kind != "benchmark"]
+            if session.quick:
+                cases = [case for case in cases if case.kind == "typical"]
+            for number, case in enumerate(cases):
+                for dtype in case.dtypes[: 1 if session.quick else None]:
+                    key = (op, backend, case.name, dtype_name(dtype))
+                    if key not in done:
+                        task = dict(zip(("op", "backend", "case", "dtype"), key, strict=True))
+                        rank = (case.kind != "typical", number)
+                        ranked.append((rank, {"kind": "validate", **task}))
+    return [task for _, task in sorted(ranked, key=lambda pair: pair[0])]
+
+
+class Validation:
+    """The stage's pools: one for all cases, one for the benchmark cases and what they compile."""
+
+    def __init__(self, session: Session, command: Sequence[str]) -> None:
+        self._session = session
+        self._command = command
+        self._deaths: Counter[tuple[str, str]] = Counter()
+        self.errors: list[str] = []
+        """Why workers did not begin."""
+
+    def work(self, deadline: float) -> int:
+        """Do all that has no verdict; how much was left undone."""
+        session = self._session
+        cores = os.cpu_count() or 2
+        preparing = min(PREPARING, max(cores // 2, 1))
+        prepare = [
+            {**task, "kind": "prepare"}
+            for task in operator_tasks(session)
+            if task["direction"] == "forward"
+        ]
+        todo = [(validation_tasks(session), max(cores - preparing, 1)), (prepare, preparing)]
+        left = [0, 0]
+
+        def serve(index: int) -> None:
+            tasks, count = todo[index]
+            pool = Pool(
+                self._command,
+                session.log,
+                "validate" if index == 0 else "prepare",
+                CASE_SECONDS,
+                on_row=self._add,
+                on_failure=self._failed,
+                before=self._before,
+                environment=SIDE_BY_SIDE,
+            )
+            left[index] = pool.work(tasks, count, deadline)
+            if pool.start_error:
+                self.errors.append(pool.start_error)
+
+        threads = [threading.Thread(target=serve, args=(i,), daemon=True) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(left)
+
+    def _add(self, row: Row) -> None:
+        if row["verdict"] == "passed" and len(row["comparisons"]) > 1:
+            # Of what passed, the comparison that came nearest to its limit.
+            row["comparisons"] = [max(row["comparisons"], key=_share)]
+        self._session.add(row)
+
+    def _failed(self, task: Task, failure: Failure) -> Task | None:
+        backend = task.get("backend") or failure.at
+        names = operators.our_providers(task["op"], self._session.device)
+        if task["kind"] == "prepare" and backend not in names:
+            return None  # a peer: the times will tell
+        self._deaths[task["op"], backend] += 1
+        self._session.add(_verdict(task, backend, self._session.device, failure.error))
+        return None
+
+    def _before(self, task: Task) -> Task | None:
+        deaths = self._deaths[task["op"], task.get("backend", "")]
+        if task["kind"] == "validate" and deaths > DEATHS_ALLOWED:
+            why = f"left out, since this backend has ended {deaths} processes"
+            self._session.add(_verdict(task, task["backend"], self._session.device, why))
+            return None
+        return task
+
+
+def _verdict(task: Task, backend: str, device: str, error: str) -> Row:
+    """Of a case that was not finished."""
+    return {
+        "suite": "validate",
+        **{name: task[name] for name in ("op", "case", "dtype")},
+        "backend": backend,
+        "device": device,
+        "verdict": "error",
+        "comparisons": [],
+        "detail": error,
+    }
+
+
+def validate(session: Session, seconds: float) -> Outcome:
+    """Check every case, and prepare those that will be timed."""
+    validation = Validation(session, worker_command(session.device))
+    left = validation.work(time.monotonic() + seconds)
+    verdicts = Counter(row["verdict"] for row in session.suite("validate"))
+    wrong = verdicts["failed"] + verdicts["error"]
+    words = [f"{verdicts[name]} {name}" for name in ("passed", "refused", "failed", "error")]
+    status = "failed" if wrong or not verdicts["passed"] else "timed out" if left else "passed"
+    more = {**{f"cases_{name}": count for name, count in verdicts.items()}, "left": left}
+    line = f"{', '.join(words)}, {left} left"
+    return Outcome(status, None, line, "\n".join(validation.errors), more)
+
+
+def _share(values: Mapping[str, Any]) -> float:
+    return comparison(values).share
