@@ -271,6 +271,9 @@ def warm_up(case: Case, dtype: torch.dtype, device: str, announce: Callable[[str
     """Run every peer of a case once, so that what they compile is in the caches on disk.
 
     What a peer cannot do is told when it is timed.
+
+    Raises:
+        LostProcessError: A peer failed in a way that ends the use of the GPU.
     """
     with on_side_stream(device):
         inputs = _inputs(case, dtype, device)[0]
@@ -281,7 +284,7 @@ def warm_up(case: Case, dtype: torch.dtype, device: str, announce: Callable[[str
                     with contextlib.suppress(Exception):
                         bind(case, _peer_run(case, dtype, device, name), inputs, direction)()
                 if is_lost(device):
-                    return
+                    raise LostProcessError(name, [])
 
 
 def is_lost(device: str) -> bool:

@@ -245,7 +245,8 @@ def _parsed(lines: list[str]) -> Iterator[Row]:
 
 
 def _nvidia_smi(query: str) -> str | None:
-    return _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"])
+    query = f"--query-gpu={query}"
+    return _output(["nvidia-smi", "--id=0", query, "--format=csv,noheader,nounits"])
 
 
 def _output(command: list[str]) -> str | None:

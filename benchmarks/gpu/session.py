@@ -31,8 +31,6 @@ LINE_CHARACTERS = 200
 """Of a row on the screen."""
 ALL = "all"
 """The provider of a row that says what befell a case as a whole."""
-DEATHS_ALLOWED = 2
-"""How many processes a backend or a peer may end before it is left out of the rest of its op."""
 
 
 class Session:

@@ -20,7 +20,6 @@ from .processes import Failure, Pool, Task
 from .session import (
     ALL,
     CASE_SECONDS,
-    DEATHS_ALLOWED,
     ENVIRONMENT,
     Outcome,
     Session,
@@ -29,6 +28,8 @@ from .session import (
 )
 
 ROUNDS, QUICK_ROUNDS = 15, 5
+DEATHS_ALLOWED = 2
+"""How many processes a provider may end before it is left out of the rest of its op."""
 
 
 def operator_tasks(session: Session) -> list[Task]:

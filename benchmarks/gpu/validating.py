@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +13,10 @@ from typing import Any
 from fused_attn.validation import fused_backends, op_cases
 
 from .. import operators
-from ..results import Row
+from ..results import Row, identity
 from .processes import Failure, Pool, Task
 from .session import (
     CASE_SECONDS,
-    DEATHS_ALLOWED,
     SIDE_BY_SIDE,
     Outcome,
     Session,
@@ -27,6 +27,11 @@ from .timed import comparison, operator_tasks
 
 # Those that prepare benchmark cases hold up to 20 GB each; the others next to nothing.
 PREPARING = 5
+PREPARE_SECONDS = 2 * CASE_SECONDS
+"""A case's peers are compiled with it."""
+DEATHS_ALLOWED = 8
+"""How many processes a backend may end before it is left out of the rest of its op: each costs
+one of many some ten seconds."""
 
 
 def validation_tasks(session: Session) -> list[Task]:
@@ -58,8 +63,9 @@ class Validation:
         self._session = session
         self._command = command
         self._deaths: Counter[tuple[str, str]] = Counter()
+        self._seen: set[tuple[Any, ...]] = set()
         self.errors: list[str] = []
-        """Why workers did not begin."""
+        """What went wrong apart from the cases."""
 
     def work(self, deadline: float) -> int:
         """Do all that has no verdict; how much was left undone."""
@@ -79,14 +85,17 @@ class Validation:
             pool = Pool(
                 self._command,
                 session.log,
-                "validate" if index == 0 else "prepare",
-                CASE_SECONDS,
+                ("validate", "prepare")[index],
+                (CASE_SECONDS, PREPARE_SECONDS)[index],
                 on_row=self._add,
                 on_failure=self._failed,
                 before=self._before,
                 environment=SIDE_BY_SIDE,
             )
-            left[index] = pool.work(tasks, count, deadline)
+            try:
+                left[index] = pool.work(tasks, count, deadline)
+            except Exception:
+                self.errors.append(traceback.format_exc())
             if pool.start_error:
                 self.errors.append(pool.start_error)
 
@@ -98,6 +107,7 @@ class Validation:
         return sum(left)
 
     def _add(self, row: Row) -> None:
+        self._seen.add(identity(row))
         if row["verdict"] == "passed" and len(row["comparisons"]) > 1:
             # Of what passed, the comparison that came nearest to its limit.
             row["comparisons"] = [max(row["comparisons"], key=_share)]
@@ -109,12 +119,14 @@ class Validation:
         if task["kind"] == "prepare" and backend not in names:
             return None  # a peer: the times will tell
         self._deaths[task["op"], backend] += 1
-        self._session.add(_verdict(task, backend, self._session.device, failure.error))
+        row = _verdict(task, backend, self._session.device, failure.error)
+        if identity(row) not in self._seen:  # else it has told more itself
+            self._session.add(row)
         return None
 
     def _before(self, task: Task) -> Task | None:
         deaths = self._deaths[task["op"], task.get("backend", "")]
-        if task["kind"] == "validate" and deaths > DEATHS_ALLOWED:
+        if task["kind"] == "validate" and deaths >= DEATHS_ALLOWED:
             why = f"left out, since this backend has ended {deaths} processes"
             self._session.add(_verdict(task, task["backend"], self._session.device, why))
             return None
@@ -141,6 +153,7 @@ def validate(session: Session, seconds: float) -> Outcome:
     verdicts = Counter(row["verdict"] for row in session.suite("validate"))
     wrong = verdicts["failed"] + verdicts["error"]
     words = [f"{verdicts[name]} {name}" for name in ("passed", "refused", "failed", "error")]
+    wrong += len(validation.errors)
     status = "failed" if wrong or not verdicts["passed"] else "timed out" if left else "passed"
     more = {**{f"cases_{name}": count for name, count in verdicts.items()}, "left": left}
     line = f"{', '.join(words)}, {left} left"

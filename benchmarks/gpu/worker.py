@@ -39,7 +39,8 @@ def validation_row(op: str, backend: str, case: Case, dtype: torch.dtype, device
 def _validate(task: dict[str, Any], device: str, send: Send) -> bool:
     case, dtype = _case(task), getattr(torch, task["dtype"])
     send({"row": validation_row(case.op, task["backend"], case, dtype, device)})
-    return operators.is_lost(device)
+    _require_gpu(device)
+    return False
 
 
 def _prepare(task: dict[str, Any], device: str, send: Send) -> bool:
@@ -47,16 +48,14 @@ def _prepare(task: dict[str, Any], device: str, send: Send) -> bool:
     case, dtype = _case(task), getattr(torch, task["dtype"])
     for name, backend in operators.our_providers(case.op, device).items():
         send({"at": name})
-        row = validation_row(case.op, backend or "cpu", case, dtype, device)
-        send({"row": row})
-        if operators.is_lost(device):
-            return True
+        send({"row": validation_row(case.op, backend or "cpu", case, dtype, device)})
+        _require_gpu(device)
     operators.warm_up(case, dtype, device, lambda name: send({"at": name}))
     if device == "cuda":
         # Others need the memory: several of these processes share the GPU.
         operators.forget_inputs()
         torch.cuda.empty_cache()
-    return operators.is_lost(device)
+    return False
 
 
 def _time(task: dict[str, Any], device: str, send: Send) -> bool:
@@ -83,8 +82,9 @@ def _time(task: dict[str, Any], device: str, send: Send) -> bool:
         raise
     for row in rows:
         send({"row": row})
+    _require_gpu(device)
     # A capture that failed leaves the allocator of the process in no state to be relied upon.
-    return any("graph_error" in row for row in rows) or operators.is_lost(device)
+    return any("graph_error" in row for row in rows)
 
 
 def _roof(task: dict[str, Any], device: str, send: Send) -> bool:
@@ -99,6 +99,12 @@ def _run(task: dict[str, Any], device: str, send: Send) -> bool:
     torch.cuda.synchronize()
     print(f"ran {case.op} {task['backend']} {case.name} {task['dtype']}", file=sys.stderr)
     return False
+
+
+def _require_gpu(device: str) -> None:
+    """End the process where a failure has made the GPU useless to it: its parent counts that."""
+    if operators.is_lost(device):
+        raise RuntimeError("the GPU refuses this process any further work")
 
 
 KINDS: dict[str, Callable[[dict[str, Any], str, Send], bool]] = {
