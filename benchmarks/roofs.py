@@ -1,8 +1,8 @@
 """``python -m benchmarks.roofs``: what this machine does at best, and the floor of every case.
 
 A roof is measured: copies of many sizes and large matrix products. A case must move its bytes and
-do its operations (`Case.bytes_moved`, `Case.flops`); its floor is the longer of the two under the
-roof (`Case.floor_seconds`).
+do its operations (`Case.bytes_moved`, `Case.flops`, `Case.vector_flops`); its floor is the longest
+of these under the roof (`Case.floor_seconds`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from fused_attn.ops._cases import Roof
 from fused_attn.validation import OPS
 
-from .results import cpu_name
+from .results import clocks, cpu_name
 from .timing import Call, interleaved, summary
 
 SIZES = tuple(1 << bits for bits in range(14, 31, 2))
@@ -35,7 +35,8 @@ def measure_roof(device: str, rounds: int = 7) -> Roof:
     """Copies and products, on this machine now.
 
     On a CPU the rate of fp32 products is the better of PyTorch's own and of oneDNN's with a packed
-    weight.
+    weight, and the same units do everything else, so it is the rate of that too. On an NVIDIA GPU
+    the latter is counted: a multiprocessor starts 128 multiply-adds a cycle, at the highest clock.
     """
     copies = []
     for size in SIZES[: -1 if device == "cpu" else None]:
@@ -49,7 +50,18 @@ def measure_roof(device: str, rounds: int = 7) -> Roof:
         times = interleaved(_products(side, dtype, device), rounds, device=device)
         best = min(summary(t.seconds).median for t in times.values())
         products[dtype] = 2 * side**3 / best
-    return Roof(_ascending(copies), products)
+    return Roof(_ascending(copies), products, _vector_rate(device))
+
+
+def _vector_rate(device: str) -> float | None:
+    """FLOP/s of an NVIDIA GPU outside of its matrix units; None where there are none or unknown."""
+    if device == "cpu" or torch.version.hip:
+        return None
+    told = clocks()
+    if told is None:
+        return None
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    return multiprocessors * 128 * 2 * float(told["clocks.max.sm"]) * 1e6
 
 
 def _products(side: int, dtype: torch.dtype, device: str) -> dict[str, Call]:
@@ -76,13 +88,15 @@ def _ascending(copies: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]
 def to_row(roof: Roof) -> dict[str, Any]:
     """As a row of results."""
     products = {str(dtype).removeprefix("torch."): rate for dtype, rate in roof.products.items()}
-    return {"suite": "roof", "copies": roof.copies, "products": products}
+    row = {"suite": "roof", "copies": roof.copies, "products": products}
+    return row if roof.vector is None else row | {"vector": roof.vector}
 
 
 def from_row(row: dict[str, Any]) -> Roof:
     """From a row of results."""
     products = {getattr(torch, dtype): rate for dtype, rate in row["products"].items()}
-    return Roof(tuple((size, seconds) for size, seconds in row["copies"]), products)
+    copies = tuple((size, seconds) for size, seconds in row["copies"])
+    return Roof(copies, products, row.get("vector"))
 
 
 def main() -> int:
@@ -107,6 +121,8 @@ def main() -> int:
             print(f"| {size / 1e6:.3g} MB | {seconds * 1e6:.1f} | {size / seconds / 1e9:.0f} |")
         for dtype, rate in roof.products.items():
             print(f"\nproduct in {dtype}: {rate / 1e12:.3g} TFLOP/s")
+        if roof.vector is not None:
+            print(f"\noutside of products, counted: {roof.vector / 1e12:.3g} TFLOP/s in fp32")
     print("\n| case | direction | GFLOP | MB | FLOP a byte | floor ms | bound by |")
     print("|---|---|---|---|---|---|---|")
     for op in arguments.op or OPS:

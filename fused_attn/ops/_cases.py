@@ -17,18 +17,28 @@ import torch
 from torch import Tensor
 
 Direction = Literal["forward", "backward", "forward+backward"]
+
+ELEMENTARY = 12
+"""Operations that e^x counts in :meth:`Case.vector_flops`, and any other smooth function of one
+number (tanh, a sigmoid, erf, GELU, or a derivative): six multiply-adds.
+
+That is a polynomial of degree 4 with a reduction of its argument, or a shorter one beside a table;
+the special-function unit of an NVIDIA GPU, an eighth as wide as the others, takes as long as 16.
+"""
 _PASSES = (("forward", False), ("backward", True))
 
 
 @dataclass(frozen=True)
 class Roof:
-    """What a machine does at best, as measured on it: the model's two rates."""
+    """What a machine does at best: the model's three rates."""
 
     copies: tuple[tuple[int, float], ...]
     """Bytes read and written, and seconds, of copies of ascending size: a small one is bound by its
     launch and lies in a cache, a large one by memory."""
     products: Mapping[torch.dtype, float]
     """FLOP/s of a large matrix product."""
+    vector: float | None = None
+    """FLOP/s outside of matrix products, in fp32. None: what the best product has."""
 
     def copy_seconds(self, moved: int) -> float:
         """Seconds of a copy that reads and writes so many bytes.
@@ -53,6 +63,10 @@ class Roof:
         A dtype that was not measured has the best rate, so that the result stays a floor.
         """
         return flops / self.products.get(dtype, max(self.products.values()))
+
+    def vector_seconds(self, flops: int) -> float:
+        """Seconds of so many operations outside of matrix products."""
+        return flops / (self.vector or max(self.products.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +108,29 @@ class Case(abc.ABC):
         """Floating-point tensors, by name, that must agree with the oracle's within the budget."""
         return {f"output_{i}": output for i, output in enumerate(outputs)}
 
+    # The three counts are lower bounds for any kernel that keeps the op's residuals: nothing is in
+    # them that one could leave out, be it small. A boolean mask is taken to show everything.
+
     def flops(self, backward: bool = False) -> int:
-        """Floating-point operations of the forward, or of the backward alone."""
+        """Floating-point operations of the forward, or of the backward alone, as one reports them.
+
+        Of matrix products where an op is made of them, a multiply-add being two; else all.
+        """
         return 0
 
+    def vector_flops(self, backward: bool = False) -> int:
+        """Floating-point operations that no matrix product does: default all.
+
+        An op with products names the others here. Those of :meth:`flops` and these may run at the
+        same time, on units of their own.
+        """
+        return self.flops(backward)
+
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
-        """Bytes that the forward, or the backward alone, must read and write at least once."""
+        """Bytes that the forward, or the backward alone, must read and write at least once.
+
+        What a row or a batch shares, such as a bias of the width, is small and not counted.
+        """
         return 0
 
     def floor_seconds(self, roof: Roof, dtype: torch.dtype, direction: Direction) -> float:
@@ -109,17 +140,27 @@ class Case(abc.ABC):
     def floor_parts(
         self, roof: Roof, dtype: torch.dtype, direction: Direction
     ) -> tuple[float, float]:
-        """Seconds of a copy of :meth:`bytes_moved`, and of a product of :meth:`flops`."""
+        """Seconds of a copy of :meth:`bytes_moved`, and of the operations.
+
+        These are the longer of :meth:`flops` at the rate of a product and :meth:`vector_flops` at
+        that of everything else.
+        """
         moved, flops = self.work(dtype, direction)
-        return roof.copy_seconds(moved) if moved else 0.0, roof.product_seconds(flops, dtype)
+        vector = sum(self.vector_flops(backward=b) for b in _backward(direction))
+        operations = max(roof.product_seconds(flops, dtype), roof.vector_seconds(vector))
+        return roof.copy_seconds(moved) if moved else 0.0, operations
 
     def work(self, dtype: torch.dtype, direction: Direction) -> tuple[int, int]:
         """Bytes moved and floating-point operations of a direction."""
-        passes = [backward for name, backward in _PASSES if name in direction]
+        passes = _backward(direction)
         return (
             sum(self.bytes_moved(dtype.itemsize, backward=b) for b in passes),
             sum(self.flops(backward=b) for b in passes),
         )
+
+
+def _backward(direction: Direction) -> list[bool]:
+    return [backward for name, backward in _PASSES if name in direction]
 
 
 # --- arrangements of attention's inputs --------------------------------------------------------

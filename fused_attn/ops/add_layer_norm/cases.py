@@ -92,8 +92,24 @@ class AddLayerNormCase(Case):
         return count
 
     def flops(self, backward: bool = False) -> int:
-        """About 8 an element forward (sum, mean, variance, scale, shift) and 14 backward."""
-        return (14 if backward else 8) * self._elements
+        """The sum, its statistics, normalisation, scale and shift; backward two more reductions.
+
+        Forward, an element: an addition each for the residual and ``x_bias``, a product for
+        dropout; the mean 1, squares of deviations 3 (of elements 2); normalised 1; weight 1, bias
+        1. Backward: the sum again unless it was asked for, normalised 2 (1); the weight's product
+        1; the reductions 3 (2); the gradient 4 (3); sums over rows 2 for the weight and 1 for each
+        bias; dropout's product; the sum's own gradient 1.
+        """
+        layer_norm = int(self.norm == "layer_norm")
+        dropped = int(self.dropout_p > 0.0)
+        summed = self.residual + self.x_bias + dropped
+        if not backward:
+            normalised = 2 + 2 * layer_norm + 1
+            return (summed + normalised + self.weight + self.bias) * self._elements
+        again = (0 if self.return_sum else summed) + 1 + layer_norm
+        gradient = (2 + layer_norm) + (3 + layer_norm) + self.return_sum + dropped
+        parameters = 3 * self.weight + self.bias + self.x_bias
+        return (again + gradient + parameters) * self._elements
 
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
         """Each row tensor once; the parameters and statistics are small beside them.

@@ -10,11 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._cases import Case, Inputs, columns_first, heads_last
+from .._cases import ELEMENTARY, Case, Inputs, columns_first, heads_last
 from .api import additive_attention, additive_scores
-
-# Operations of a hyperbolic tangent, an exponential and a division.
-_TANH = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,33 +95,61 @@ class AdditiveAttentionCase(Case):
             return (additive_scores(**inputs, backend=backend),)
         return additive_attention(**inputs, backend=backend)
 
+    def _lengths(self) -> tuple[int, ...]:
+        """Keys of each sentence."""
+        return (self.S,) * self.B if self.key_lengths is None else self.key_lengths
+
     def pairs(self) -> int:
         """Pairs of a query and a key that the lengths leave."""
-        lengths = (self.S,) * self.B if self.key_lengths is None else self.key_lengths
-        return (self.H or 1) * self.T * sum(lengths)
+        return (self.H or 1) * self.T * sum(self._lengths())
 
     def flops(self, backward: bool = False) -> int:
-        """An addition, a tangent and a multiply-add for each pair and column.
+        """The columns of all pairs, and products of 2 operations: values, and features.
 
-        Backward the tangent again, its derivative, and multiply-adds for the gradients of query,
-        key and score_weight. Features add a multiply-add each, backward two more. The product with
-        the values is one of 2 operations, backward two such.
+        Backward two such products of the values and three of the features.
         """
-        features = self.F or 0
+        products = 2 * (self.value_size + (self.F or 0) * self.E)
         if backward:
-            return self.pairs() * (self.E * (_TANH + 9 + 6 * features) + 4 * self.value_size)
-        return self.pairs() * (self.E * (_TANH + 3 + 2 * features) + 2 * self.value_size)
+            products = 4 * self.value_size + 6 * (self.F or 0) * self.E
+        return self.pairs() * products + self.vector_flops(backward)
+
+    def vector_flops(self, backward: bool = False) -> int:
+        """What a pair and column cost at least, with ``tanh(q + k) = 1 - 2 / (1 + e^2q e^2k)``.
+
+        The exponentials are of rows then, and a pair and column takes a multiply-add for the
+        denominator and, forward, four operations to add its fraction to others over a common one.
+        Backward it takes the reciprocal r itself, of which columns share one for three products
+        each; 2 for r - r²; a product and two additions for the gradients of query and key; and a
+        multiply-add for that of ``score_weight``. Or else, as with features or a single query, a
+        tangent, its sum and a multiply-add; backward also its derivative 2, a product, two
+        additions, and that multiply-add.
+        """
+        heads, direct = self.H or 1, ELEMENTARY + (8 if backward else 3)
+        shared = 2 + 3 + 2 + 3 + 2 if backward else 2 + 4
+        total = 0
+        for length in self._lengths():
+            pairs = self.T * length
+            total += min(direct * pairs, shared * pairs + ELEMENTARY * (self.T + length))
+        if self.F:
+            total = direct * self.T * sum(self._lengths())
+        return heads * self.E * total
 
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
-        """Inputs and outputs once; backward also the weights, the cotangents and the gradients."""
-        heads = self.B * (self.H or 1)
-        E, D = self.E, self.value_size
-        pairs = heads * self.T * self.S
-        inputs = heads * (self.T * E + self.S * (E + D)) + pairs * (self.F or 0)
-        context = heads * self.T * D * itemsize
+        """Inputs and outputs once; backward also the weights, the cotangents and the gradients.
+
+        Behind a length nothing is read, but results are written.
+        """
+        heads, E, D = self.H or 1, self.E, self.value_size
+
+        def rows(keys: int) -> int:
+            return heads * (self.B * self.T * E + keys * (E + D) + self.T * keys * (self.F or 0))
+
+        weights = 4 * heads * self.B * self.T * self.S
+        context = heads * self.B * self.T * D * itemsize
+        moved = rows(sum(self._lengths())) * itemsize + context + math.prod(self.mask_shape or (0,))
         if backward:
-            return 2 * inputs * itemsize + context + 4 * pairs * (2 if D else 1)
-        return inputs * itemsize + context + 4 * pairs
+            return moved + rows(self.B * self.S) * itemsize + weights * (2 if D else 1)
+        return moved + weights
 
 
 # --- arrangements -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .._cases import Case, Inputs, columns_first, heads_last, large_logits, shared_keys
+from .._cases import ELEMENTARY, Case, Inputs, columns_first, heads_last, large_logits, shared_keys
 from .api import attention
 from .arguments import window_bounds
 from .block_mask import BLOCK, BlockMask
@@ -173,36 +173,65 @@ class AttentionCase(Case):
 
     def pairs(self) -> int:
         """Pairs of a query and a key that take part."""
+        return round(self.H * self.visible_share * sum(pairs for pairs, _, _ in self._seen()))
+
+    def _seen(self) -> list[tuple[int, int, int]]:
+        """Of each sentence: pairs of a head, queries that see a key, keys that a query sees."""
         left, right = window_bounds(self.is_causal, self.window)
-        total = 0
+        seen = []
         for b in range(self.B):
             rows = self.T if self.query_lengths is None else self.query_lengths[b]
             keys = self.S if self.key_lengths is None else self.key_lengths[b]
             diagonal = torch.arange(rows) + (keys - rows if self.align == "lower_right" else 0)
             first = diagonal - left if left >= 0 else torch.zeros_like(diagonal)
             last = diagonal + right if right >= 0 else torch.full_like(diagonal, keys - 1)
-            total += int((last.clamp(max=keys - 1) - first.clamp(min=0) + 1).clamp(min=0).sum())
-        return round(total * self.H * self.visible_share)
+            first, last = first.clamp(min=0), last.clamp(max=keys - 1)
+            some = last >= first
+            first, last = first[some], last[some]
+            # Neighbouring rows see neighbouring keys: together they have no gap.
+            span = int(last.max() - first.min()) + 1 if len(first) else 0
+            seen.append((int((last - first + 1).sum()), len(first), span))
+        return seen
 
     def flops(self, backward: bool = False) -> int:
         """Two products forward, five backward, of 2 operations a pair and column."""
         D, Dv = self.D, self.value_size
         return 2 * self.pairs() * (3 * D + 2 * Dv if backward else D + Dv)
 
+    def vector_flops(self, backward: bool = False) -> int:
+        """The function of each logit that makes a weight of it, and the tangent of a softcap.
+
+        Backward the same again, and a difference and a product for the gradient of the logit.
+        """
+        functions = int(self.activation != "relu") + int(self.softcap is not None)
+        return self.pairs() * (ELEMENTARY * functions + (2 if backward else 0))
+
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
-        """Inputs and outputs once; backward also the output, the lse and four gradients."""
-        queries, keys = self.B * self.H * self.T, self.B * self.H * self.S
+        """Inputs and outputs once; backward also the output, the lse and four gradients.
+
+        Of the inputs what takes part; outputs and gradients are written behind the lengths too.
+        Of a bias the share of pairs that are seen; a block mask is small.
+        """
+        seen = self._seen()
+        D, Dv, Hk = self.D, self.value_size, self.grouped_heads
+        read_queries = self.H * sum(rows for _, rows, _ in seen)
+        read_keys = Hk * sum(keys for _, _, keys in seen) * (D + Dv)
         if self.packed:
             queries = self.H * sum(self.query_lengths or ())
-            keys = self.H * sum(self.key_lengths or ())
-        mask = math.prod(self.mask_shape or (0,))
+            keys = Hk * sum(self.key_lengths or ()) * (D + Dv)
+        else:
+            queries, keys = self.B * self.H * self.T, self.B * Hk * self.S * (D + Dv)
+        lse = 4 * queries if self.activation == "softmax" else 0
+        share = sum(pairs for pairs, _, _ in seen) / max(1, self.B * self.T * self.S)
+        mask = 0 if self.arrange is _half_of_the_tiles else math.prod(self.mask_shape or (0,))
         bias = math.prod(self.bias_shape or (0,)) * (4 if self.bias_fp32 else itemsize)
-        keys = keys // self.H * self.grouped_heads if self.H > 0 else 0
-        rows = queries * (self.D + self.value_size) + keys * (self.D + self.value_size)
-        if backward:
-            rows = 2 * rows + queries * self.value_size
-            bias *= 2
-        return rows * itemsize + queries * 4 + mask + bias
+        moved = (read_queries * D + read_keys) * itemsize + mask + round(bias * share)
+        if not backward:
+            return moved + queries * Dv * itemsize + lse
+        # Those of the output and of the lse are read, and the output and the lse.
+        cotangents = 2 * read_queries * Dv if lse else read_queries * Dv
+        gradients = queries * D + keys + cotangents
+        return moved + gradients * itemsize + bias + 2 * lse
 
 
 # --- arrangements -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._cases import Case
+from .._cases import ELEMENTARY, Case
 from .api import beam_search_step
 from .edits import TokenEdits
 
@@ -34,6 +34,8 @@ class BeamSearchCase(Case):
     process: Callable[[Inputs, torch.Generator], None] | None = None
     """Adds temperature, edits, forced tokens, a shortlist to the inputs. Edits are in there as
     ``edit_tokens``, ``edit_factors`` and ``edit_offsets``."""
+    listed_share: float = 1.0
+    """Of the vocabulary, what a shortlist that ``process`` adds has of it."""
     exact: bool = False
     """No two candidates differ by rounding alone, so tokens and parents are compared as well."""
 
@@ -91,9 +93,17 @@ class BeamSearchCase(Case):
             result["finished_parents"] = finished_parents.double()
         return result
 
+    def flops(self, backward: bool = False) -> int:
+        """An exponential and an addition a logit; comparisons are none."""
+        return self._listed * (ELEMENTARY + 1)
+
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
-        """One read of the logits; everything else is K numbers a sentence."""
-        return self.B * self.K * self.V * itemsize
+        """One read of the logits that are listed; everything else is K numbers a sentence."""
+        return self._listed * itemsize
+
+    @property
+    def _listed(self) -> int:
+        return round(self.B * self.K * self.V * self.listed_share)
 
 
 def _totals(inputs: Mapping[str, Any]) -> Tensor:
@@ -521,6 +531,7 @@ CASES: tuple[Case, ...] = (
         V=32000,
         eos_token=2,
         process=_listed_tenth,
+        listed_share=0.1,
     ),
     BeamSearchCase(name="B2_K4_V262144", kind="benchmark", B=2, K=4, V=262144, eos_token=1),
     *(

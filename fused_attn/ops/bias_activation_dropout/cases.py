@@ -10,19 +10,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._cases import Case
+from .._cases import ELEMENTARY, Case
 from .api import bias_activation_dropout
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "sigmoid"] | None
 
-# Operations of an activation, and of it with its derivative: an exponential is about 20.
-_FLOPS: dict[str | None, tuple[int, int]] = {
-    None: (0, 0),
-    "relu": (1, 1),
-    "gelu": (42, 46),
-    "gelu_tanh": (30, 40),
-    "silu": (25, 29),
-    "sigmoid": (24, 26),
+# Operations of an activation; of its derivative, beside a product with it; of both.
+_FLOPS: dict[str | None, tuple[int, int, int]] = {
+    None: (0, 0, 0),
+    "relu": (1, 0, 1),
+    "sigmoid": (ELEMENTARY, ELEMENTARY, ELEMENTARY + 2),
+    "silu": (ELEMENTARY, ELEMENTARY, ELEMENTARY + 4),
+    "gelu": (ELEMENTARY, ELEMENTARY, 2 * ELEMENTARY),
+    "gelu_tanh": (ELEMENTARY, ELEMENTARY, 2 * ELEMENTARY),
 }
 
 
@@ -102,16 +102,20 @@ class BiasActivationDropoutCase(Case):
     def flops(self, backward: bool = False) -> int:
         """The additions, the activation, and a multiplication each for gate and dropout.
 
-        Backward also the activation again with its derivative, products with it, and the sums of
-        the bias's gradient. The random numbers are integers, about 25 operations an element.
+        Backward the derivative, with a gate the activation as well; a multiplication by each, one
+        for dropout; the bias again and the sums of its gradient. Random numbers are integers and
+        not counted.
         """
-        forward, with_derivative = _FLOPS[self.activation]
+        forward, derivative, both = _FLOPS[self.activation]
         dropped = int(self.dropout_p > 0.0)
         bias = self._halves * self.bias
-        gate = int(self.gated)
-        if backward:
-            return self._elements * (with_derivative + 2 * bias + 2 * gate + dropped)
-        return self._elements * (forward + bias + gate + dropped + self.residual)
+        if not backward:
+            return self._elements * (forward + bias + self.gated + dropped + self.residual)
+        if self.gated:
+            return self._elements * (both + 3 + 2 * bias + dropped)
+        if self.activation is None:
+            return self._elements * (bias + dropped)
+        return self._elements * (derivative + 1 + 2 * bias + dropped)
 
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
         """Each row tensor once; the bias and its gradient are small beside them.

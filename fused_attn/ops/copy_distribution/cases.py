@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._cases import Case
+from .._cases import ELEMENTARY, Case
 from .api import copy_distribution, copy_nll
 
 IGNORED = -100
 
-# Operations of an exponential.
-_EXP_FLOPS = 20
+# Of five rows, the one whose target is neither in the vocabulary nor in the source, and the one
+# without a loss.
+_WITHOUT_WORD = (2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +127,9 @@ class CopyDistributionCase(Case):
             source = tokens.gather(-1, place).squeeze(-1)
             in_source = ~behind.gather(-1, place).squeeze(-1)
             targets = torch.where((kind % 2 == 1) & in_source, source, targets)
-        targets[kind == 2] = self.extended
-        targets[kind == 4] = IGNORED
+        unknown, ignored = _WITHOUT_WORD
+        targets[kind == unknown] = self.extended
+        targets[kind == ignored] = IGNORED
         return targets
 
     def _lay_out(self, tensor: Tensor) -> Tensor:
@@ -150,27 +152,38 @@ class CopyDistributionCase(Case):
     def _rows(self) -> int:
         return math.prod(self.leading)
 
-    def flops(self, backward: bool = False) -> int:
-        """An exponential and an addition a logit, and as much a position.
+    @property
+    def _scored(self) -> int:
+        """Rows that must be looked at: of the losses, those whose target is some word."""
+        if self.all_words:
+            return self._rows
+        return sum(row % 5 not in _WITHOUT_WORD for row in range(self._rows))
 
-        Of all words also the sum that makes a log-probability; backward a product and, of all
-        words, two sums.
+    def flops(self, backward: bool = False) -> int:
+        """An exponential and an addition a logit, and as much a score.
+
+        Of all words also the addition that makes a log-probability, and one a weight. Backward the exponential and a
+        product; of all words the sum of the gradients and a multiply-add.
         """
-        words = self.vocabulary * (_EXP_FLOPS + 1 + int(self.all_words) * (2 if backward else 1))
-        return self._rows * (words + self.positions * (_EXP_FLOPS + 1))
+        words = self.vocabulary * (ELEMENTARY + 1)
+        if self.all_words:
+            words += self.vocabulary * (2 if backward else 1)
+        score = int(self.all_words) if self.gate else ELEMENTARY + 1
+        return self._scored * (words + score * self.positions)
 
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
         """The logits once, and tokens and numbers of the positions.
 
         Of all words also the log-probabilities once. Backward writes the gradients of the logits
-        and the positions' besides, and reads those of the log-probabilities.
+        and the positions' besides, and reads those of the log-probabilities. A row whose target is
+        no word is not read, but its gradients are written.
         """
         copy_size = 4 if self.fp32_copy else itemsize
-        gradients = 2 if backward else 1
-        row = gradients * (self.vocabulary * itemsize + self.positions * copy_size)
-        row += self.extended * 4 if self.all_words else 0
+        row = self.vocabulary * itemsize + self.positions * copy_size
+        moved = (self._scored + (self._rows if backward else 0)) * row
+        moved += self._rows * self.extended * 4 if self.all_words else 0
         sources = self.leading[0] if self.one_source else self._rows
-        return self._rows * row + sources * self.positions * 8
+        return moved + sources * self.positions * 8
 
 
 _ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

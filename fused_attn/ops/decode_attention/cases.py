@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._cases import Case, Inputs, columns_first, heads_last, large_logits, shared_keys
+from .._cases import ELEMENTARY, Case, Inputs, columns_first, heads_last, large_logits, shared_keys
 from .api import decode_attention
 
 
@@ -102,34 +103,57 @@ class DecodeAttentionCase(Case):
         output, lse = decode_attention(**inputs, return_lse=True, backend=backend)
         return output, lse
 
-    def _keys(self) -> list[int]:
-        """Keys of each row of queries, as far as lengths say."""
-        if self.key_lengths is None:
-            return [self.S] * self.rows
-        repeats = self.rows // len(self.key_lengths)
-        return [length for length in self.key_lengths for _ in range(repeats)]
+    def _seen(self) -> list[tuple[int, int, int]]:
+        """Of each row of queries: pairs of a head, and the first key seen and the last, plus 1."""
+        lengths = [self.S] if self.key_lengths is None else self.key_lengths
+        repeats = self.rows // len(lengths)
+        seen = []
+        for length in (min(n, self.S) for n in lengths for _ in range(repeats)):
+            pairs, first, end = 0, length, 0
+            for position in range(length - self.T, length):
+                begin = 0 if self.window is None else max(0, position - self.window)
+                stop = max(0, position + 1) if self.is_causal else length
+                if stop > begin:
+                    pairs += stop - begin
+                    first, end = min(first, begin), max(end, stop)
+            seen.append((pairs, first, end))
+        return seen
 
     def flops(self, backward: bool = False) -> int:
-        """Two products of 2 operations a pair and column; windows and causality not counted."""
-        return 2 * sum(self._keys()) * self.T * self.H * (self.D + self.value_size)
+        """Two products of 2 operations a pair and column."""
+        pairs = self.H * sum(pairs for pairs, _, _ in self._seen())
+        return 2 * pairs * (self.D + self.value_size)
+
+    def vector_flops(self, backward: bool = False) -> int:
+        """The exponential of each logit, and the tangent of a softcap."""
+        functions = 1 + int(self.softcap is not None)
+        return self.H * sum(pairs for pairs, _, _ in self._seen()) * functions * ELEMENTARY
 
     def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
         """One read of the keys and values that anything looks at; queries and outputs once."""
-        lengths = self._keys()
-        if self.has_ancestry:
-            history = search_history(self.B, self.K, self.S)
-            cells = sum(
-                len(set(history[b, :, s].tolist()))
-                for b in range(self.B)
-                for s in range(max(lengths[b * self.K : (b + 1) * self.K], default=0))
+        seen = self._seen()
+        history = search_history(self.B, self.K, self.S) if self.has_ancestry else None
+        cells = ancestry = 0
+        for b in range(self.B):
+            beams = seen[b * self.K : (b + 1) * self.K]
+            if history is None:
+                cells += len(set().union(*(range(first, end) for _, first, end in beams)))
+                continue
+            places = (
+                zip(row[first:end], range(first, end), strict=True)
+                for row, (_, first, end) in zip(history[b].tolist(), beams, strict=True)
             )
-        else:
-            cells = sum(max(lengths[b * self.K : (b + 1) * self.K]) for b in range(self.B))
+            cells += len(set().union(*places))
+            ancestry += 4 * sum(max(0, end - first) for _, first, end in beams)
         queries = self.rows * self.H * self.T
         columns = self.D + self.value_size
-        return (cells * self.kv_heads + queries) * columns * itemsize + queries * 4
+        mask = math.prod(self.mask_shape or (0,))
+        return (
+            (cells * self.kv_heads + queries) * columns * itemsize + queries * 4 + ancestry + mask
+        )
 
 
+@functools.lru_cache(maxsize=8)
 def search_history(B: int, K: int, S: int) -> Tensor:
     """int32 ``[B, K, S]``: an ancestry as S steps of a search with random parents leave it."""
     generator = torch.Generator().manual_seed(0)

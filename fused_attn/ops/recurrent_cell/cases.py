@@ -10,16 +10,24 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._cases import Case
+from .._cases import ELEMENTARY, Case
 from .api import recurrent_cell
 from .contract import GATES
 from .layer import recurrent_layer
 
 Kind = Literal["lstm", "gru", "tanh", "relu"]
 
-# Operations of an element's step, and of its backward with the gates again: an exponential is
-# about 20.
-_FLOPS = {"lstm": (130, 175), "gru": (75, 115), "tanh": (25, 28), "relu": (2, 2)}
+# Operations of an element's step, and of its backward with the gates again.
+#   lstm: 5 functions, 4 sums of gates, f c + i g 3, o tanh(c) 1; the functions, sums and cell again,
+#         then 5 for the cell's gradient, 4 for each of 4 gates, 1 for the old cell's.
+#   gru:  3 functions, sums 4, n + z (h - n) 3; functions and sums again, then z 5, n 5, r 4, and 1
+#         for its product.
+_FLOPS = {
+    "lstm": (5 * ELEMENTARY + 8, 5 * ELEMENTARY + 7 + 22),
+    "gru": (3 * ELEMENTARY + 7, 3 * ELEMENTARY + 4 + 15),
+    "tanh": (ELEMENTARY + 1, ELEMENTARY + 4),
+    "relu": (2, 2),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +103,14 @@ class RecurrentCellCase(Case):
         but for a GRU) and of the state.
         """
         gates = GATES[self.cell_kind]
-        states = {"lstm": 2, "gru": 1}.get(self.cell_kind, 1)
-        state = int(self.cell_kind in ("lstm", "gru"))
-        tensors = 2 * gates + state + states
+        state = 4 if self.fp32_state else itemsize
+        # Old and new states that have their own dtype; the rest have that of the gates.
+        states = {"lstm": 2 * state + itemsize, "gru": 2 * state}.get(self.cell_kind, itemsize)
+        moved = 2 * gates * itemsize + states
         if backward:
-            tensors += gates * (2 if self.cell_kind == "gru" else 1) + state
-        return tensors * itemsize * self._elements
+            moved += gates * (2 if self.cell_kind == "gru" else 1) * itemsize
+            moved += state if self.cell_kind in ("lstm", "gru") else 0
+        return moved * self._elements
 
 
 @dataclass(frozen=True, kw_only=True)
