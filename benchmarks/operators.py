@@ -1,7 +1,8 @@
 """``python -m benchmarks.operators``: every op beside its peers, interleaved in one process.
 
 The cases are those of kind ``benchmark`` in each op's ``cases.py``. Ours is checked against the
-fp64 oracle before it is timed; a wrong kernel gets no time. Rows go to the results
+fp64 oracle before it is timed, a wrong kernel gets no time, and neither does a peer that computes
+something else. Rows go to the results
 (`benchmarks.results`), and a line each to the screen: a ratio above 1 means that ours is faster.
 """
 
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from fused_attn.ops._cases import Case, Direction, Roof
-from fused_attn.validation import OPS, case_inputs, check_case, fused_backends, op_cases
+from fused_attn.validation import OPS, case_inputs, fused_backends, op_cases
 
-from .peers import Run, peers_of
+from .checks import require_correct, require_same_function
+from .peers import Incomparable, Run, peers_of
 from .results import Row, Writer, describe, writer
 from .roofs import copy_of, measure_roof, to_row
 from .timing import Call, Times, interleaved, peak_bytes, ratio, summary
@@ -60,29 +62,12 @@ def timed_dtypes(case: Case, device: str) -> list[torch.dtype]:
 
 
 def our_providers(op: str, device: str) -> dict[str, str | None]:
-    """By the provider's name, the backend: on a CPU the library's choice, on a GPU each of them."""
-    if device == "cpu":
-        return {"fused_attn": None}
-    return {name: name for name in fused_backends(op, device)}
+    """By the provider's name, the backend: on a CPU the library's choice, on a GPU each of them.
 
-
-@functools.lru_cache(maxsize=64)
-def require_correct(
-    case: Case, backend: str | None, dtype: torch.dtype, device: str
-) -> tuple[float, float]:
-    """The largest error beside the oracle's size, and the largest share of the budget used.
-
-    Raises:
-        AssertionError: A result is outside its budget: a wrong kernel gets no time.
+    Where a GPU has none of them, the library's choice too, which is then the reference.
     """
-    comparisons = check_case(case, backend, dtype, device)
-    failed = [str(c) for c in comparisons if not c.passed]
-    if failed:
-        raise AssertionError(f"is wrong, so it is not timed: {'; '.join(failed)}")
-    return (
-        max(c.max_error / c.size if c.size else 0.0 for c in comparisons),
-        max(c.share for c in comparisons),
-    )
+    backends = {} if device == "cpu" else {name: name for name in fused_backends(op, device)}
+    return backends or {"fused_attn": None}
 
 
 def bind(case: Case, run: Run, inputs: Mapping[str, Any], direction: Direction) -> Call:
@@ -149,12 +134,15 @@ def measure(
     beside: dict[str, Row] = {}
     sets = _INPUT_SETS if device == "cuda" else 1
     inputs = [case_inputs(case, dtype, device) for _ in range(sets)]
+    peers = peers_of(case.op, device)
     for name, prepare in _providers(case, dtype, device, direction, only).items():
         try:
             run, more = prepare()
             bound = [bind(case, run, one, direction) for one in inputs]
             bound[0]()
-            beside[name] = {**more, "peak_bytes": peak_bytes(bound[0], device)}
+            beside[name] = more
+            if name not in peers or peers[name].uses_torch_memory:
+                beside[name]["peak_bytes"] = peak_bytes(bound[0], device)
             calls[name] = bound
         except NotImplementedError as error:
             rows.append({**head, "provider": name, "absent": str(error)})
@@ -206,25 +194,40 @@ def _providers(
     case: Case, dtype: torch.dtype, device: str, direction: Direction, only: Sequence[str]
 ) -> dict[str, Callable[[], tuple[Run, Row]]]:
     """By name, what makes the function to time and what its row has besides the times."""
+    peers = peers_of(case.op, device)
 
     def ours(backend: str | None) -> tuple[Run, Row]:
-        error, share = require_correct(case, backend, dtype, device)
+        error, share = require_correct(case, backend, dtype, device, direction)
         return lambda inputs: case.run(inputs, backend), {"error": error, "budget": share}
 
     def theirs(name: str) -> tuple[Run, Row]:
-        peer = peers_of(case.op, device)[name]
+        peer = peers[name]
         if reason := peer.absent_reason():
             raise NotImplementedError(reason)
         if direction != "forward" and not peer.differentiable:
             raise NotImplementedError("has no gradient")
-        return peer.make(case), {}
+        made = _made(case, dtype, device)
+        if name not in made:
+            made[name] = peer.make(case)
+        try:
+            error, _ = require_same_function(case, peer, made[name], dtype, device, direction)
+            return made[name], {"error": error}
+        except Incomparable as reason:
+            return made[name], {"unchecked": str(reason)}
 
     known: dict[str, Callable[[], tuple[Run, Row]]] = {
         name: functools.partial(ours, backend)
         for name, backend in our_providers(case.op, device).items()
     }
-    known |= {name: functools.partial(theirs, name) for name in peers_of(case.op, device)}
+    known |= {name: functools.partial(theirs, name) for name in peers}
     return {name: prepare for name, prepare in known.items() if not only or name in only}
+
+
+@functools.lru_cache(maxsize=1)
+def _made(case: Case, dtype: torch.dtype, device: str) -> dict[str, Run]:
+    """The case's peers by name, as far as they are made: what is compiled serves all directions."""
+    torch._dynamo.reset()
+    return {}
 
 
 def line(row: Row) -> str:
@@ -286,8 +289,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(arguments: argparse.Namespace) -> Iterator[tuple[Case, torch.dtype, Direction]]:
     for op in arguments.op or OPS:
-        if not our_providers(op, arguments.device):
-            continue
         for case in benchmark_cases(op, arguments.device, arguments.quick):
             if arguments.case not in case.name:
                 continue
