@@ -190,6 +190,7 @@ class Failure:
     """What the worker was at, as it announced; empty if it did not say."""
     error: str
     """The end of what it printed."""
+    took_too_long: bool = False
 
 
 class Worker:
@@ -216,7 +217,7 @@ class Worker:
     def do(self, task: Task, seconds: float, on_row: Callable[[Row], None]) -> Failure | None:
         """Have a task done, and hand over its rows; None when it was finished."""
         self._last.clear()
-        at = ""
+        at, reason, took_too_long = "", "", False
         deadline = time.monotonic() + seconds
         try:
             assert self._process.stdin is not None
@@ -234,6 +235,7 @@ class Worker:
                     self.exhausted = message["exhausted"]
                     return None
         except queue.Empty:
+            took_too_long = True
             # Where it hangs is told by faulthandler.
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGUSR1)
@@ -242,12 +244,11 @@ class Worker:
         except OSError as error:
             reason = str(error)
         else:
-            reason = ""
             with contextlib.suppress(subprocess.TimeoutExpired):  # for its exit code
                 self._process.wait(timeout=_EXIT_SECONDS)
         self.end()
         reason = reason or f"the process ended with {_how(self._process.returncode)}"
-        return Failure(at, tail("\n".join([*self._last, reason])))
+        return Failure(at, tail("\n".join([*self._last, reason])), took_too_long)
 
     def end(self) -> None:
         """End it."""
@@ -441,10 +442,29 @@ def _readers(
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    # Its session, not its group: ninja gives each compiler a group of its own.
+    while members := _session_members(process.pid):
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.poll()
+        time.sleep(0.01)
     process.wait()
     _LIVE.discard(process)
+
+
+def _session_members(session: int) -> list[int]:
+    """Processes of a session that have not ended."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # After the name in parentheses: state, parent, group, session.
+            state, _, _, of = path.read_text().rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):  # has ended
+            continue
+        if int(of) == session and state not in "ZX":
+            members.append(int(path.parent.name))
+    return members
 
 
 def _how(code: int | None) -> str:

@@ -123,6 +123,13 @@ def _operators_line(row: Row) -> str:
     return operators.line(row) if ours or "failed" in row else ""
 
 
+def _agreement_line(row: Row) -> str:
+    if row["provider"] not in operators.OURS or "failed" not in row:
+        return ""
+    case = " ".join(row[name] for name in ("op", "case", "dtype", "direction", "provider"))
+    return f"{case}: {last_line(row['failed'])}"
+
+
 def _tests_line(row: Row) -> str:
     return f"{row['case']}: {last_line(row['failed'])}" if "failed" in row else ""
 
@@ -139,6 +146,7 @@ def _model_line(row: Row) -> str:
 _LINES: dict[str, Callable[[Row], str]] = {
     "stage": _stage_line,
     "validate": _validate_line,
+    "agreement": _agreement_line,
     "operators": _operators_line,
     "tests": _tests_line,
     "models": _model_line,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from fused_attn.ops._cases import Case
-from fused_attn.validation import Comparison
 
 from .. import operators
 from ..peers import peers_of
@@ -27,6 +26,8 @@ from .session import (
     worker_command,
 )
 
+_HEAD = ("op", "case", "dtype", "direction")
+_FOUND = ("error", "budget", "unchecked", "failed")
 ROUNDS, QUICK_ROUNDS = 15, 5
 DEATHS_ALLOWED = 2
 """How many processes a provider may end before it is left out of the rest of its op."""
@@ -36,7 +37,7 @@ def operator_tasks(session: Session) -> list[Task]:
     """Every case, dtype and direction that has no times yet, most valuable first."""
     timed, failed = set(), set()
     for row in session.suite("operators"):
-        key = (row["op"], row["case"], row["dtype"], row["direction"])
+        key = tuple(row[name] for name in _HEAD)
         if "p50_ms" in row or row["provider"] == ALL:
             timed.add(key)
         if "failed" in row and row["provider"] in (*operators.OURS, ALL):
@@ -44,8 +45,6 @@ def operator_tasks(session: Session) -> list[Task]:
     done = timed - failed if session.retry_failed else timed
     ranked: list[tuple[tuple[int, int], Task]] = []
     for op in session.ops:
-        if not operators.our_providers(op, session.device):
-            continue
         cases = operators.benchmark_cases(op, session.device, session.quick)
         for number, case in enumerate(cases):
             for dtype in operators.timed_dtypes(case, session.device):
@@ -53,8 +52,7 @@ def operator_tasks(session: Session) -> list[Task]:
                 for direction in operators.directions(case):
                     key = (op, case.name, dtype_name(dtype), direction)
                     if key not in done:
-                        names = ("op", "case", "dtype", "direction")
-                        task = dict(zip(names, key, strict=True))
+                        task = dict(zip(_HEAD, key, strict=True))
                         ranked.append((rank, {"kind": "time", **task}))
     return [task for _, task in sorted(ranked, key=lambda pair: pair[0])]
 
@@ -76,7 +74,7 @@ class Timing:
         self._session = session
         self._rounds = rounds
         self._deaths: Counter[tuple[str, str]] = Counter()
-        self._checked = _checked(session.suite("validate"))
+        self._checked = _checked(session.suite("agreement"))
         self._roof_error = ""
         self._seen: set[tuple[Any, ...]] = set()
         self.pool = Pool(
@@ -119,11 +117,13 @@ class Timing:
                 why = f"left out, since it has ended {deaths} processes of this op"
                 self._session.add(_failed_row(task, name, why))
                 without.append(name)
+        both = "forward" if task["direction"] == "forward" else "forward+backward"
+        checked = (task["op"], task["case"], task["dtype"], both)
         return {
             **task,
             "rounds": self._rounds,
             "roof": self._session.suite("roof")[-1],
-            "checked": self._checked.get((task["op"], task["case"], task["dtype"]), {}),
+            "checked": self._checked.get(checked, {}),
             "without": without,
         }
 
@@ -142,28 +142,20 @@ class Timing:
         return {**task, "without": [*task["without"], name]}
 
 
-def _checked(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, operators.Verdict]]:
-    """By op, case and dtype, what validation has found of each provider of ours."""
-    found: dict[tuple[str, str, str], dict[str, operators.Verdict]] = {}
+def _checked(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """By op, case, dtype and direction, what was found of each provider; see `operators.check`."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        if row["verdict"] in ("passed", "failed"):
-            name = row["backend"] if row["device"] == "cuda" else operators.OURS[0]
-            verdict = operators.verdict_of([comparison(c) for c in row["comparisons"]])
-            found.setdefault((row["op"], row["case"], row["dtype"]), {})[name] = verdict
+        key = tuple(row[name] for name in _HEAD)
+        kept = {
+            name: row[name] for name in ("error", "budget", "unchecked", "failed") if name in row
+        }
+        found.setdefault(key, {})[row["provider"]] = kept
     return found
 
 
-def comparison(values: Mapping[str, Any]) -> Comparison:
-    """As a row of validation has it."""
-    fields = {name: value for name, value in values.items() if name != "passed"}
-    for name in ("max_error", "rms_error"):
-        fields[name] = float("inf") if fields[name] is None else fields[name]
-    return Comparison(**fields)
-
-
 def _failed_row(task: Task, provider: str, error: str) -> Row:
-    names = ("op", "case", "dtype", "direction")
-    head = {name: task[name] for name in names}
+    head = {name: task[name] for name in _HEAD}
     return {"suite": "operators", **head, "provider": provider, "failed": error}
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fused_attn.validation import fused_backends, op_cases
+from fused_attn.validation import Comparison, fused_backends, op_cases
 
 from .. import operators
 from ..results import Row, identity
@@ -23,7 +23,7 @@ from .session import (
     dtype_name,
     worker_command,
 )
-from .timed import comparison, operator_tasks
+from .timed import operator_tasks
 
 # Those that prepare benchmark cases hold up to 20 GB each; the others next to nothing.
 PREPARING = 5
@@ -73,7 +73,7 @@ class Validation:
         cores = os.cpu_count() or 2
         preparing = min(PREPARING, max(cores // 2, 1))
         prepare = [
-            {**task, "kind": "prepare"}
+            {**task, "kind": "prepare", "without": []}
             for task in operator_tasks(session)
             if task["direction"] == "forward"
         ]
@@ -108,37 +108,44 @@ class Validation:
 
     def _add(self, row: Row) -> None:
         self._seen.add(identity(row))
-        if row["verdict"] == "passed" and len(row["comparisons"]) > 1:
+        if row.get("verdict") == "passed" and len(row["comparisons"]) > 1:
             # Of what passed, the comparison that came nearest to its limit.
             row["comparisons"] = [max(row["comparisons"], key=_share)]
         self._session.add(row)
 
     def _failed(self, task: Task, failure: Failure) -> Task | None:
-        backend = task.get("backend") or failure.at
-        names = operators.our_providers(task["op"], self._session.device)
-        if task["kind"] == "prepare" and backend not in names:
-            return None  # a peer: the times will tell
-        self._deaths[task["op"], backend] += 1
-        row = _verdict(task, backend, self._session.device, failure.error)
+        if task["kind"] == "prepare":
+            return self._prepare_without(task, failure)
+        self._deaths[task["op"], task["backend"]] += 1
+        row = _verdict(task, self._session.device, failure.error)
         if identity(row) not in self._seen:  # else it has told more itself
             self._session.add(row)
         return None
 
+    def _prepare_without(self, task: Task, failure: Failure) -> Task | None:
+        """The task again without the provider that its process has died of."""
+        if failure.took_too_long or not failure.at:
+            return None  # the cores are busy: the times will tell
+        for direction in ("forward", "forward+backward"):
+            head = {name: task[name] for name in ("op", "case", "dtype")}
+            head |= {"direction": direction, "provider": failure.at}
+            self._session.add({"suite": "agreement", **head, "failed": failure.error})
+        return {**task, "without": [*task["without"], failure.at]}
+
     def _before(self, task: Task) -> Task | None:
         deaths = self._deaths[task["op"], task.get("backend", "")]
-        if task["kind"] == "validate" and deaths >= DEATHS_ALLOWED:
+        if deaths >= DEATHS_ALLOWED:
             why = f"left out, since this backend has ended {deaths} processes"
-            self._session.add(_verdict(task, task["backend"], self._session.device, why))
+            self._session.add(_verdict(task, self._session.device, why))
             return None
         return task
 
 
-def _verdict(task: Task, backend: str, device: str, error: str) -> Row:
+def _verdict(task: Task, device: str, error: str) -> Row:
     """Of a case that was not finished."""
     return {
         "suite": "validate",
-        **{name: task[name] for name in ("op", "case", "dtype")},
-        "backend": backend,
+        **{name: task[name] for name in ("op", "backend", "case", "dtype")},
         "device": device,
         "verdict": "error",
         "comparisons": [],
@@ -151,14 +158,16 @@ def validate(session: Session, seconds: float) -> Outcome:
     validation = Validation(session, worker_command(session.device))
     left = validation.work(time.monotonic() + seconds)
     verdicts = Counter(row["verdict"] for row in session.suite("validate"))
-    wrong = verdicts["failed"] + verdicts["error"]
+    ours = [row for row in session.suite("agreement") if row["provider"] in operators.OURS]
+    wrong = sum("failed" in row for row in ours)
     words = [f"{verdicts[name]} {name}" for name in ("passed", "refused", "failed", "error")]
-    wrong += len(validation.errors)
-    status = "failed" if wrong or not verdicts["passed"] else "timed out" if left else "passed"
-    more = {**{f"cases_{name}": count for name, count in verdicts.items()}, "left": left}
-    line = f"{', '.join(words)}, {left} left"
-    return Outcome(status, None, line, "\n".join(validation.errors), more)
+    words += [f"{len(ours) - wrong} benchmarks right", f"{wrong} wrong", f"{left} left"]
+    failed = wrong or verdicts["failed"] or verdicts["error"] or validation.errors
+    status = "failed" if failed or not verdicts["passed"] else "timed out" if left else "passed"
+    more = {f"cases_{name}": count for name, count in verdicts.items()}
+    more |= {"benchmarks_right": len(ours) - wrong, "benchmarks_wrong": wrong, "left": left}
+    return Outcome(status, None, ", ".join(words), "\n".join(validation.errors), more)
 
 
 def _share(values: Mapping[str, Any]) -> float:
-    return comparison(values).share
+    return Comparison(**{name: value for name, value in values.items() if name != "passed"}).share

@@ -25,42 +25,39 @@ from fused_attn.validation import case_inputs, check, op_cases, run_case
 
 from .. import operators
 from ..peers import peers_of
-from ..results import Row
 from ..roofs import from_row, measure_roof, to_row
 
 Send = Callable[[dict[str, Any]], None]
 
 
-def validation_row(op: str, backend: str, case: Case, dtype: torch.dtype, device: str) -> Row:
-    """The verdict on a case, as ``fused-attn validate --json`` has it."""
-    return {"suite": "validate", **check(op, backend, case, dtype, device).as_json()}
-
-
 def _validate(task: dict[str, Any], device: str, send: Send) -> bool:
     case, dtype = _case(task), getattr(torch, task["dtype"])
-    send({"row": validation_row(case.op, task["backend"], case, dtype, device)})
+    found = check(case.op, task["backend"], case, dtype, device)
+    send({"row": {"suite": "validate", **found.as_json()}})
     _require_gpu(device)
     return False
 
 
 def _prepare(task: dict[str, Any], device: str, send: Send) -> bool:
-    """Check a benchmark case, and leave in the caches on disk what its providers compile."""
+    """Check a benchmark case and its peers, and have compiled what is compiled."""
     case, dtype = _case(task), getattr(torch, task["dtype"])
-    for name, backend in operators.our_providers(case.op, device).items():
-        send({"at": name})
-        send({"row": validation_row(case.op, backend or "cpu", case, dtype, device)})
-        _require_gpu(device)
-    operators.warm_up(case, dtype, device, lambda name: send({"at": name}))
+    operators.check(
+        case,
+        dtype,
+        device,
+        announce=lambda name: send({"at": name}),
+        emit=lambda row: send({"row": row}),
+        only=_names(task, device),
+    )
+    # Others need the memory: several of these processes share the GPU.
+    operators.forget()
     if device == "cuda":
-        # Others need the memory: several of these processes share the GPU.
-        operators.forget_inputs()
         torch.cuda.empty_cache()
     return False
 
 
 def _time(task: dict[str, Any], device: str, send: Send) -> bool:
     case, dtype = _case(task), getattr(torch, task["dtype"])
-    names = [*operators.our_providers(case.op, device), *peers_of(case.op, device)]
     try:
         rows = operators.measure(
             case,
@@ -69,11 +66,8 @@ def _time(task: dict[str, Any], device: str, send: Send) -> bool:
             device,
             from_row(task["roof"]),
             task["rounds"],
-            only=[name for name in names if name not in task["without"]],
-            checked={
-                name: found if isinstance(found, str) else tuple(found)
-                for name, found in task["checked"].items()
-            },
+            only=_names(task, device),
+            checked=task["checked"],
             announce=lambda name: send({"at": name}),
         )
     except operators.LostProcessError as error:
@@ -115,6 +109,12 @@ KINDS: dict[str, Callable[[dict[str, Any], str, Send], bool]] = {
     "run": _run,
 }
 """What can be done; the result says whether the process can do no more."""
+
+
+def _names(task: dict[str, Any], device: str) -> list[str]:
+    """The providers that take part."""
+    names = [*operators.our_providers(task["op"], device), *peers_of(task["op"], device)]
+    return [name for name in names if name not in task["without"]]
 
 
 def _case(task: dict[str, Any]) -> Case:

@@ -38,6 +38,11 @@ OPERATORS_ROW: Row = {
 }
 
 
+ROOF_ROW: Row = {
+    "suite": "roof", "copies": [[1, 1e-9], [1 << 30, 0.1]], "products": {"float32": 1e9}
+}  # fmt: skip
+
+
 def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
@@ -105,7 +110,9 @@ def test_a_program_that_is_not_there_is_a_failure(log: Log) -> None:
 def test_a_process_over_its_time_is_ended_with_its_children(tmp_path: Path, log: Log) -> None:
     pid_file = tmp_path / "pid"
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    # In a group of its own, as ninja's compilers are.
+    code = "import subprocess, sys; "
+    code += f"subprocess.run([sys.executable, '-c', {child!r}], process_group=0)"
     processes.run(python(code), 2.0, log, "tests")
     pid = int(pid_file.read_text())
     for _ in range(100):
@@ -325,18 +332,40 @@ def test_verdicts_that_are_there_are_not_asked_for_again(new_session: NewSession
     assert validating.validation_tasks(again) == [first, *others]
 
 
-def test_times_use_the_verdict_of_validation(new_session: NewSession) -> None:
-    values = {"name": "output", "max_error": 0.5, "max_budget": 1.0, "rms_error": 0.1}
-    values |= {"rms_budget": 1.0, "size": 2.0, "problem": "", "passed": True}
-    head = {"suite": "validate", "op": "attention", "dtype": "bfloat16", "device": "cuda"}
-    right = {**head, "case": "a", "backend": "cuda", "verdict": "passed", "comparisons": [values]}
-    wrong = {**right, "backend": "triton", "verdict": "failed"}
-    wrong["comparisons"] = [{**values, "max_error": None, "problem": "NaN out of place"}]
-    broken = {**right, "case": "b", "verdict": "error", "comparisons": []}
-    found = timed._checked([right, wrong, broken])
-    assert found == {
-        ("attention", "a", "bfloat16"): {"cuda": (0.25, 0.5), "triton": "output: NaN out of place"}
-    }
+def test_times_use_what_validation_has_found(new_session: NewSession) -> None:
+    head = {"suite": "agreement", **OPERATORS_ROW} | {"suite": "agreement"}
+    both = {**head, "direction": "forward+backward"}
+    right = {**both, "provider": "cuda", "error": 0.25, "budget": 0.5}
+    wrong = {**both, "provider": "triton", "failed": "is wrong"}
+    other = {**head, "provider": "cuda", "error": 0.125, "budget": 0.25}
+    timing = timed.Timing(new_session((right, wrong, other, ROOF_ROW)), python(WORKER), 5)
+    for direction in ("backward", "forward+backward"):
+        task = timing._before(task_of(OPERATORS_ROW["case"]) | {"direction": direction})
+        assert task is not None
+        assert task["checked"] == {
+            "cuda": {"error": 0.25, "budget": 0.5},
+            "triton": {"failed": "is wrong"},
+        }
+    task = timing._before(task_of(OPERATORS_ROW["case"]))
+    assert task is not None
+    assert task["checked"] == {"cuda": {"error": 0.125, "budget": 0.25}}
+
+
+def test_a_benchmark_case_is_prepared_without_whom_it_dies_of(
+    new_session: NewSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session()
+    bad = {"providers": ["fused_attn", "eager"], "at": "fused_attn", "dies": True}
+    monkeypatch.setattr(validating, "validation_tasks", lambda session: [])
+    monkeypatch.setattr(validating, "operator_tasks", lambda session: [task_of("a", **bad)])
+    left = validating.Validation(session, python(WORKER)).work(time.monotonic() + 60)
+    assert left == 0
+    wrong = [row for row in rows_of(tmp_path) if row["suite"] == "agreement"]
+    assert [row["direction"] for row in wrong] == ["forward", "forward+backward"]
+    assert all(row["provider"] == "fused_attn" for row in wrong)
+    assert "SIGABRT" in wrong[0]["failed"]
+    # The stand-in gives a row for each of the others.
+    assert [row["provider"] for row in rows_of(tmp_path) if "p50_ms" in row] == ["eager"]
 
 
 # --- stages -------------------------------------------------------------------------------------
@@ -471,8 +500,7 @@ def test_refuses_a_stage_that_is_not_there(capsys: pytest.CaptureFixture[str]) -
 def test_the_worker_measures_a_case(new_session: NewSession, tmp_path: Path) -> None:
     session = new_session(op=["recurrent_cell"])
     timing = timed.Timing(session, stages.worker_command("cpu"), 3)
-    roof = {"suite": "roof", "copies": [[1, 1e-9], [1 << 30, 0.1]], "products": {"float32": 1e9}}
-    session.add(roof)
+    session.add(ROOF_ROW)
     [task] = [
         task
         for task in timed.operator_tasks(session)
@@ -524,7 +552,7 @@ def doubling(monkeypatch: pytest.MonkeyPatch) -> Doubling:
     bench = ModuleType("benchmarks.bench_doubling")
     bench.PEERS = {  # type: ignore[attr-defined]
         "eager": Peer(double, ""),
-        "absent": Peer(double, "", package="a-package-that-is-not-here"),
+        "absent": Peer(double, "", packages=("a-package-that-is-not-here",)),
         "unable": Peer(_unable, ""),
         "one_way": Peer(double, "", differentiable=False),
         "faulty": Peer(fault, ""),
@@ -571,14 +599,24 @@ def test_a_verdict_that_is_known_is_not_asked_for_again(
     doubling: Doubling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def check(*_: object) -> None:
-        pytest.fail("checked again")
+        raise RuntimeError("checked again")
 
-    monkeypatch.setattr(operators, "check_case", check)
-    rows = measured(
-        doubling, only=["right", "wrong"], checked={"right": (0.25, 0.5), "wrong": "is not so"}
-    )
+    monkeypatch.setattr(operators, "require_correct", check)
+    known = {"right": {"error": 0.25, "budget": 0.5}, "wrong": {"failed": "is not so"}}
+    rows = measured(doubling, only=["right", "wrong"], checked=known)
     assert (rows["right"]["error"], rows["right"]["budget"]) == (0.25, 0.5)
     assert "is not so" in rows["wrong"]["failed"]
+
+
+def test_checks_every_provider_of_a_case(doubling: Doubling) -> None:
+    rows: list[Row] = []
+    operators.check(doubling, torch.float32, "cpu", lambda name: None, rows.append)
+    found = {(row["provider"], row["direction"]): row for row in rows}
+    assert {name for name, _ in found} == {"right", "wrong", "eager", "one_way"}
+    assert ("one_way", "forward+backward") not in found
+    assert found["right", "forward"]["error"] == found["eager", "forward+backward"]["error"] == 0.0
+    assert "is wrong" in found["wrong", "forward"]["failed"]
+    assert all(row["suite"] == "agreement" for row in rows)
 
 
 def test_a_process_that_has_lost_the_gpu_says_so(
