@@ -74,7 +74,7 @@ bench: $(READY)
 
 # On a machine with a CUDA build of torch and no network: uses its python3 as it is.
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) $(GPU)
 
 clean:
 	rm -rf build dist *.egg-info fused_attn/_C*.so demo_output

@@ -35,10 +35,8 @@ def peer(case: Case) -> Run:
     return run
 
 
-PEERS = {
-    "eager": Peer(peer, "plain PyTorch"),
-    "compile": compiled(peer),
-}
+EAGER = Peer(peer, "plain PyTorch")
+PEERS = {"eager": EAGER, "compile": compiled(EAGER)}
 
 
 @parametrize(OP)

@@ -1,12 +1,12 @@
 """A distribution over words generated and copied, beside eager PyTorch.
 
 The peer is what models in plain PyTorch have: probabilities, scattered into the extended
-vocabulary, and their logarithm.
+vocabulary, and their logarithm. ``cross_entropy`` is the loss of the same logits without copying: a
+part of the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_attn.ops._cases import Case
 from fused_attn.ops.copy_distribution.cases import IGNORED
 
-from .peers import Peer, Run, compiled
+from .peers import Inputs, Peer, Run, bound, compiled
 from .suite import parametrize
 
 OP = "copy_distribution"
@@ -25,7 +25,7 @@ OP = "copy_distribution"
 def peer(case: Case) -> Run:
     """Softmax, scale, pad, ``scatter_add``, and ``gather`` where there are targets."""
 
-    def run(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
         logits, copy = inputs["logits"], inputs["copy"]
         extra = getattr(case, "extra", 0)
         if "gate" in inputs:
@@ -51,9 +51,26 @@ def peer(case: Case) -> Run:
     return run
 
 
+def cross_entropy(case: Case) -> Run:
+    """PyTorch's loss, or log_softmax where all words are asked for, of the logits alone."""
+
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        logits = inputs["logits"].flatten(0, -2)
+        if "targets" not in inputs:
+            return (logits.log_softmax(-1),)
+        targets = inputs["targets"].flatten()
+        # Words that only sources have are none of its own.
+        targets = targets.masked_fill(targets >= logits.size(-1), IGNORED)
+        return (F.cross_entropy(logits, targets, reduction="none"),)
+
+    return run
+
+
+EAGER = Peer(peer, "plain PyTorch")
 PEERS = {
-    "eager": Peer(peer, "plain PyTorch"),
-    "compile": compiled(peer),
+    "eager": EAGER,
+    "compile": compiled(EAGER),
+    "cross_entropy": bound(cross_entropy, "the loss of the logits without copying"),
 }
 
 

@@ -1,12 +1,11 @@
 """A recurrent layer's step after its products, beside PyTorch.
 
-The peer is PyTorch's own composition, as ``torch.nn.LSTMCell``, ``GRUCell`` and ``RNNCell`` make it
-on a CPU after their products.
+``eager`` is PyTorch's own composition, as ``torch.nn.LSTMCell``, ``GRUCell`` and ``RNNCell`` make it
+on a CPU after their products; ``fused_cell`` the kernels that they have on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fused_attn.ops._cases import Case
 
-from .peers import Peer, Run, compiled
+from .peers import Inputs, Peer, Run, compiled
 from .suite import parametrize
 
 OP = "recurrent_cell"
@@ -23,7 +22,7 @@ OP = "recurrent_cell"
 def peer(case: Case) -> Run:
     """The step as a model in plain PyTorch has it, in the inputs' dtype."""
 
-    def run(inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
         x, h = inputs["input_gates"], inputs["hidden_gates"]
         if inputs["kind"] == "lstm":
             i, f, g, o = (x + h).chunk(4, dim=-1)
@@ -39,9 +38,25 @@ def peer(case: Case) -> Run:
     return run
 
 
+def fused_cell(case: Case) -> Run:
+    """PyTorch's kernels of an LSTM's and a GRU's step, which are for GPUs alone."""
+
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        x, h = inputs["input_gates"], inputs["hidden_gates"]
+        if inputs["kind"] == "lstm":
+            return tuple(torch._thnn_fused_lstm_cell(x, h, inputs["cell"])[:2])
+        if inputs["kind"] == "gru":
+            return (torch._thnn_fused_gru_cell(x, h, inputs["hidden"])[0],)
+        raise NotImplementedError(f"PyTorch has no kernel of a {inputs['kind']} step")
+
+    return run
+
+
+EAGER = Peer(peer, "plain PyTorch")
 PEERS = {
-    "eager": Peer(peer, "plain PyTorch"),
-    "compile": compiled(peer),
+    "eager": EAGER,
+    "compile": compiled(EAGER),
+    "fused_cell": Peer(fused_cell, "PyTorch's own kernels of a step", devices=("cuda",)),
 }
 
 

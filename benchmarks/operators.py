@@ -1,13 +1,15 @@
 """``python -m benchmarks.operators``: every op beside its peers, interleaved in one process.
 
 The cases are those of kind ``benchmark`` in each op's ``cases.py``. Ours is checked against the
-fp64 oracle before it is timed; a wrong kernel gets no time. Rows go to the results
-(`benchmarks.results`), and a line each to the screen: a ratio above 1 means that ours is faster.
+fp64 oracle before it is timed, a wrong kernel gets no time, and neither does a peer that computes
+something else. Rows go to the results (`benchmarks.results`), and a line each to the screen: a
+ratio above 1 means that ours is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import sys
@@ -20,12 +22,14 @@ import torch
 from torch import Tensor
 
 from fused_attn.ops._cases import Case, Direction, Roof
-from fused_attn.validation import OPS, case_inputs, check_case, fused_backends, op_cases
+from fused_attn.validation import OPS, fused_backends, op_cases
 
-from .peers import Run, peers_of
+from . import checks
+from .checks import inputs_of, require_correct, require_same_function
+from .peers import Incomparable, Run, peers_of
 from .results import Row, Writer, describe, writer
 from .roofs import copy_of, measure_roof, to_row
-from .timing import Call, Times, interleaved, peak_bytes, ratio, summary
+from .timing import Call, Times, interleaved, on_side_stream, peak_bytes, ratio, summary
 
 OURS = ("fused_attn", "triton", "cuda", "cpu")
 """Providers that are this library: its own choice, or a backend by name."""
@@ -34,6 +38,15 @@ QUICK_CASES = 2
 """Of each op, in the quick setting."""
 # On a GPU, inputs that take turns: another call's lines in the cache are then no help.
 _INPUT_SETS = 2
+
+
+class LostProcessError(RuntimeError):
+    """The GPU refuses this process any further work: another one must go on."""
+
+    def __init__(self, provider: str, rows: list[Row]) -> None:
+        super().__init__(f"{provider} has left the GPU unusable for this process")
+        self.rows = rows
+        """Those of the providers that failed."""
 
 
 def benchmark_cases(op: str, device: str = "cpu", quick: bool = False) -> list[Case]:
@@ -60,29 +73,27 @@ def timed_dtypes(case: Case, device: str) -> list[torch.dtype]:
 
 
 def our_providers(op: str, device: str) -> dict[str, str | None]:
-    """By the provider's name, the backend: on a CPU the library's choice, on a GPU each of them."""
-    if device == "cpu":
-        return {"fused_attn": None}
-    return {name: name for name in fused_backends(op, device)}
+    """By the provider's name, the backend: on a CPU the library's choice, on a GPU each of them.
 
-
-@functools.lru_cache(maxsize=64)
-def require_correct(
-    case: Case, backend: str | None, dtype: torch.dtype, device: str
-) -> tuple[float, float]:
-    """The largest error beside the oracle's size, and the largest share of the budget used.
-
-    Raises:
-        AssertionError: A result is outside its budget: a wrong kernel gets no time.
+    Where a GPU has none of them, the library's choice too, which is then the reference.
     """
-    comparisons = check_case(case, backend, dtype, device)
-    failed = [str(c) for c in comparisons if not c.passed]
-    if failed:
-        raise AssertionError(f"is wrong, so it is not timed: {'; '.join(failed)}")
-    return (
-        max(c.max_error / c.size if c.size else 0.0 for c in comparisons),
-        max(c.share for c in comparisons),
-    )
+    backends = {} if device == "cpu" else {name: name for name in fused_backends(op, device)}
+    return backends or {"fused_attn": None}
+
+
+@functools.lru_cache(maxsize=1)
+def _input_sets(case: Case, dtype: torch.dtype, device: str) -> list[Mapping[str, Any]]:
+    """The case's inputs, as often as they take turns; the directions of a case share them."""
+    first = inputs_of(case, dtype, device)
+    others = range(1, _INPUT_SETS if device == "cuda" else 1)
+    return [first, *(copy.deepcopy(first) for _ in others)]
+
+
+def forget() -> None:
+    """Give up what is kept for a case's other directions."""
+    _input_sets.cache_clear()
+    _made.cache_clear()
+    checks.forget()
 
 
 def bind(case: Case, run: Run, inputs: Mapping[str, Any], direction: Direction) -> Call:
@@ -123,6 +134,8 @@ def measure(
     only: Sequence[str] = (),
     seconds: float = 0.02,
     samples: dict[str, Times] | None = None,
+    checked: Mapping[str, Row] | None = None,
+    announce: Callable[[str], None] = lambda provider: None,
 ) -> list[Row]:
     """One row a provider; one that is absent, refuses or fails is a row that says so.
 
@@ -136,34 +149,44 @@ def measure(
         only: Peers and backends by name; empty: all.
         seconds: On a CPU, how long a turn is.
         samples: Receives the times of each provider, if given.
+        checked: By provider, what :func:`check` has found, which then is not asked again.
+        announce: Is told the name of a provider before that does anything, and the empty string
+            when all take turns.
+
+    Raises:
+        LostProcessError: A provider failed in a way that ends the use of the GPU.
     """
-    head = {
-        "suite": "operators",
-        "op": case.op,
-        "case": case.name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "direction": direction,
-    }
+    head = {"suite": "operators", **_head(case, dtype, direction)}
     rows: list[Row] = []
     calls: dict[str, list[Call]] = {}
     beside: dict[str, Row] = {}
-    sets = _INPUT_SETS if device == "cuda" else 1
-    inputs = [case_inputs(case, dtype, device) for _ in range(sets)]
-    for name, prepare in _providers(case, dtype, device, direction, only).items():
-        try:
-            run, more = prepare()
-            bound = [bind(case, run, one, direction) for one in inputs]
-            bound[0]()
-            beside[name] = {**more, "peak_bytes": peak_bytes(bound[0], device)}
-            calls[name] = bound
-        except NotImplementedError as error:
-            rows.append({**head, "provider": name, "absent": str(error)})
-        except Exception:  # a row of the report, so that the other providers are still timed
-            rows.append({**head, "provider": name, "failed": traceback.format_exc(limit=-4)})
     moved, flops = case.work(dtype, direction)
-    if moved and calls:
-        calls["copy"] = [copy_of(moved, device)]
-    times = interleaved(calls, rounds, seconds, device)
+    peers = peers_of(case.op, device)
+    with on_side_stream(device):
+        inputs = _input_sets(case, dtype, device)
+        for name, prepare in _providers(case, dtype, device, direction, only).items():
+            announce(name)
+            try:
+                run, find = prepare()
+                found = checked[name] if checked and name in checked else find()
+                if "failed" in found:
+                    raise AssertionError(found["failed"])
+                bound = [bind(case, run, one, direction) for one in inputs]
+                bound[0]()
+                beside[name] = dict(found)
+                if name not in peers or peers[name].uses_torch_memory:
+                    beside[name]["peak_bytes"] = peak_bytes(bound[0], device)
+                calls[name] = bound
+            except NotImplementedError as error:
+                rows.append({**head, "provider": name, "absent": str(error)})
+            except Exception:  # a row of the report, so that the other providers are still timed
+                rows.append({**head, "provider": name, "failed": traceback.format_exc(limit=-4)})
+                if is_lost(device):
+                    raise LostProcessError(name, rows) from None
+        announce("")
+        if moved and calls:
+            calls["copy"] = [copy_of(moved, device)]
+        times = interleaved(calls, rounds, seconds, device)
     if samples is not None:
         samples.update(times)
     first = next((name for name in OURS if name in times), None)
@@ -202,29 +225,110 @@ def measure(
     return rows
 
 
+def check(
+    case: Case,
+    dtype: torch.dtype,
+    device: str,
+    announce: Callable[[str], None],
+    emit: Callable[[Row], None],
+    only: Sequence[str] = (),
+) -> None:
+    """Check every provider of a case, and leave in the caches on disk what it compiles.
+
+    A row of suite ``agreement`` says how near the oracle a provider came, or that it ``failed`` to.
+    One that cannot be asked has none: what is in its way is told when it is timed.
+
+    Args:
+        case: Of kind ``benchmark``.
+        dtype: Of its inputs.
+        device: ``cpu`` or ``cuda``.
+        announce: Is told the name of a provider before that does anything.
+        emit: Receives the rows.
+        only: Peers and backends by name; empty: all.
+
+    Raises:
+        LostProcessError: A provider failed in a way that ends the use of the GPU.
+    """
+    with on_side_stream(device):
+        inputs = inputs_of(case, dtype, device)
+        for direction in directions(case):
+            if direction == "backward":
+                continue  # is checked with both together
+            head = {"suite": "agreement", **_head(case, dtype, direction)}
+            for name, prepare in _providers(case, dtype, device, direction, only).items():
+                announce(name)
+                try:
+                    run, find = prepare()
+                    emit({**head, "provider": name, **find()})
+                    bind(case, run, inputs, direction)()
+                except AssertionError as error:
+                    emit({**head, "provider": name, "failed": str(error)})
+                except Exception:
+                    if is_lost(device):
+                        raise LostProcessError(name, []) from None
+
+
+def is_lost(device: str) -> bool:
+    """Whether a failure on the GPU has ended what this process can do there."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def _providers(
     case: Case, dtype: torch.dtype, device: str, direction: Direction, only: Sequence[str]
-) -> dict[str, Callable[[], tuple[Run, Row]]]:
-    """By name, what makes the function to time and what its row has besides the times."""
+) -> dict[str, Callable[[], tuple[Run, Callable[[], Row]]]]:
+    """By name, what makes the function to time, and what finds out how right it is."""
+    peers = peers_of(case.op, device)
 
-    def ours(backend: str | None) -> tuple[Run, Row]:
-        error, share = require_correct(case, backend, dtype, device)
-        return lambda inputs: case.run(inputs, backend), {"error": error, "budget": share}
+    def ours(backend: str | None) -> tuple[Run, Callable[[], Row]]:
+        def find() -> Row:
+            error, share = require_correct(case, backend, dtype, device, direction)
+            return {"error": error, "budget": share}
 
-    def theirs(name: str) -> tuple[Run, Row]:
-        peer = peers_of(case.op, device)[name]
+        return lambda inputs: case.run(inputs, backend), find
+
+    def theirs(name: str) -> tuple[Run, Callable[[], Row]]:
+        peer = peers[name]
         if reason := peer.absent_reason():
             raise NotImplementedError(reason)
         if direction != "forward" and not peer.differentiable:
             raise NotImplementedError("has no gradient")
-        return peer.make(case), {}
+        made = _made(case, dtype, device)
+        if name not in made:
+            made[name] = peer.make(case)
 
-    known: dict[str, Callable[[], tuple[Run, Row]]] = {
+        def find() -> Row:
+            try:
+                error, _ = require_same_function(case, peer, made[name], dtype, device, direction)
+            except Incomparable as reason:
+                return {"unchecked": str(reason)}
+            return {"error": error}
+
+        return made[name], find
+
+    known: dict[str, Callable[[], tuple[Run, Callable[[], Row]]]] = {
         name: functools.partial(ours, backend)
         for name, backend in our_providers(case.op, device).items()
     }
-    known |= {name: functools.partial(theirs, name) for name in peers_of(case.op, device)}
+    known |= {name: functools.partial(theirs, name) for name in peers}
     return {name: prepare for name, prepare in known.items() if not only or name in only}
+
+
+@functools.lru_cache(maxsize=1)
+def _made(case: Case, dtype: torch.dtype, device: str) -> dict[str, Run]:
+    """The case's peers by name, as far as they are made: what is compiled serves all directions."""
+    torch._dynamo.reset()
+    return {}
+
+
+def _head(case: Case, dtype: torch.dtype, direction: Direction) -> Row:
+    label = str(dtype).removeprefix("torch.")
+    return {"op": case.op, "case": case.name, "dtype": label, "direction": direction}
 
 
 def line(row: Row) -> str:
@@ -286,8 +390,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(arguments: argparse.Namespace) -> Iterator[tuple[Case, torch.dtype, Direction]]:
     for op in arguments.op or OPS:
-        if not our_providers(op, arguments.device):
-            continue
         for case in benchmark_cases(op, arguments.device, arguments.quick):
             if arguments.case not in case.name:
                 continue

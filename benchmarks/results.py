@@ -57,12 +57,18 @@ class Writer:
     def __init__(self, path: Path, machine: Row) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        last = None
+        self._machine: Row | None = None
         if path.exists():
-            last = next((r for r in reversed(_lines(path)) if r.get("suite") == "machine"), None)
+            machines = (r for r in reversed(_lines(path)) if r.get("suite") == "machine")
+            self._machine = next(machines, None)
         self._file = path.open("a", encoding="utf-8")
-        if last is None or _lasting(last) != _lasting(machine):
+        self.restate(machine)
+
+    def restate(self, machine: Row) -> None:
+        """Write the machine again where something of it has changed."""
+        if self._machine is None or _lasting(self._machine) != _lasting(machine):
             self.add(machine)
+            self._machine = machine
 
     def add(self, row: Row) -> None:
         """Write a row.
@@ -145,7 +151,9 @@ def describe(device: str) -> Row:
     Args:
         device: ``cpu`` or ``cuda``.
     """
-    status = _output(["git", "status", "--porcelain", "--untracked-files=no"])
+    # Of a copy of the tree, git may know nothing, or something else.
+    named = os.environ.get("FUSED_ATTN_COMMIT")
+    status = None if named else _output(["git", "status", "--porcelain", "--untracked-files=no"])
     row: Row = {
         "suite": "machine",
         "device": device,
@@ -157,7 +165,7 @@ def describe(device: str) -> Row:
         "torch_instructions": torch.backends.cpu.get_cpu_capability(),
         "our_instructions": "none" if _extension.load() else _extension.cpu_instruction_set(),
         **{package: version(package) for package in PACKAGES},
-        "commit": _output(["git", "rev-parse", "HEAD"]) or os.environ.get("FUSED_ATTN_COMMIT"),
+        "commit": named or _output(["git", "rev-parse", "HEAD"]),
         "changed": bool(status),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -237,7 +245,8 @@ def _parsed(lines: list[str]) -> Iterator[Row]:
 
 
 def _nvidia_smi(query: str) -> str | None:
-    return _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"])
+    query = f"--query-gpu={query}"
+    return _output(["nvidia-smi", "--id=0", query, "--format=csv,noheader,nounits"])
 
 
 def _output(command: list[str]) -> str | None:

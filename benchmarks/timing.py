@@ -12,9 +12,12 @@ bound so are timed from a CUDA graph as well.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +28,7 @@ Call = Callable[[], object]
 # Larger than the last-level cache of any GPU known (H200: 60 MB).
 FLUSH_BYTES = 256 << 20
 _WARM_UP_CALLS = 3
+_SLEEP_CYCLES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,22 @@ class Times:
     """Why there is no graph."""
 
 
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def on_side_stream(device: torch.device | str) -> AbstractContextManager[object]:
+    """On a GPU, a stream of its own for what is prepared and timed.
+
+    A backward runs on the stream of its forward, and the default stream cannot be captured.
+    """
+    if torch.device(device).type != "cuda":
+        return contextlib.nullcontext()
+    _side_stream().wait_stream(torch.cuda.default_stream())
+    return torch.cuda.stream(_side_stream())
+
+
 def interleaved(
     providers: Mapping[str, Call | Sequence[Call]],
     rounds: int = 15,
@@ -70,11 +90,13 @@ def interleaved(
         providers: By name, a call, or the same call on several inputs, which take turns too.
         rounds: Turns that each provider takes, after those that warm it up.
         seconds: On a CPU, a turn repeats the call until it has lasted about this long.
-        device: Where the work is done.
+        device: Where the work is done. Calls that run a backward are prepared, and timed, within
+            :func:`on_side_stream`.
     """
     calls = {name: [given] if callable(given) else list(given) for name, given in providers.items()}
     if torch.device(device).type == "cuda":
-        return _interleaved_on_gpu(calls, rounds)
+        with on_side_stream(device):
+            return _interleaved_on_gpu(calls, rounds)
     repeats = {}
     for name, several in calls.items():
         for call in several:
@@ -142,15 +164,14 @@ def _one_turn(call: Call, flush: torch.Tensor, pause: int) -> tuple[float, float
 
 
 def captured(call: Call) -> Call:
-    """A replay of the call from a CUDA graph; what it returns is the graph's own memory."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_CALLS):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+    """A replay of the call from a CUDA graph; what it returns is the graph's own memory.
+
+    The call must have run before, so that nothing is compiled or loaded while it is captured, and
+    its forward, if it is a backward, on this stream: :func:`on_side_stream`. After an error the
+    allocator of the process is in no state to be relied upon.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         outputs = call()
 
     def replay() -> object:
@@ -160,15 +181,17 @@ def captured(call: Call) -> Call:
     return replay
 
 
+@functools.cache
 def _seconds_a_cycle() -> float:
-    cycles = 10_000_000
-    for _ in range(2):
+    shortest = float("inf")
+    for _ in range(5):  # an idle GPU begins at a low clock
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
-        torch.cuda._sleep(cycles)
+        torch.cuda._sleep(_SLEEP_CYCLES)
         after.record()
         after.synchronize()
-    return before.elapsed_time(after) * 1e-3 / cycles
+        shortest = min(shortest, before.elapsed_time(after) * 1e-3)
+    return shortest / _SLEEP_CYCLES
 
 
 def peak_bytes(call: Call, device: torch.device | str = "cpu") -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections import Counter
@@ -56,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     for row in bar:
         rows.append(row)
         if arguments.json:
-            print(_as_json(row), flush=True)
+            print(json.dumps(row.as_json()), flush=True)
         elif not arguments.quiet or row.verdict != "passed":
             tqdm.write(_as_line(row), file=sys.stdout)
     silent = [
@@ -83,18 +82,6 @@ def _as_line(row: Row) -> str:
             f"{head}worst {worst.name}: error {worst.max_error:.2g}, budget {worst.max_budget:.2g}"
         )
     return f"{head}{row.detail}"
-
-
-def _as_json(row: Row) -> str:
-    record = dataclasses.asdict(row)
-    for values, comparison in zip(record["comparisons"], row.comparisons, strict=True):
-        values["passed"] = comparison.passed
-    # JSON has no infinity: a comparison that could not be made has no error to state.
-    for values in record["comparisons"]:
-        for name in ("max_error", "rms_error"):
-            if values[name] == float("inf"):
-                values[name] = None
-    return json.dumps(record)
 
 
 def _print_summary(rows: list[Row], device_type: str) -> None:

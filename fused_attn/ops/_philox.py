@@ -10,6 +10,8 @@ https://doi.org/10.1145/2063384.2063405
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,11 +28,11 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def keep_mask(seed: Tensor, shape: tuple[int, ...] | torch.Size, dropout_p: float) -> Tensor:
     """Boolean tensor of the given shape, True where dropout keeps the element."""
-    count = 1
-    for size in shape:
-        count *= size
-    words = random_words(seed, torch.arange(count, dtype=torch.int64, device=seed.device))
-    return (words >= keep_threshold(dropout_p)).reshape(shape)
+    count = math.prod(shape)
+    counter = torch.arange(-(-count // 4), dtype=torch.int64, device=seed.device)
+    threshold = keep_threshold(dropout_p)
+    kept = torch.stack([word >= threshold for word in _four_words(seed, counter)], dim=1)
+    return kept.flatten()[:count].reshape(shape)
 
 
 def keep_threshold(dropout_p: float) -> int:
@@ -45,18 +47,24 @@ def random_words(seed: Tensor, index: Tensor) -> Tensor:
         seed: ``[1]`` int64.
         index: Any shape, int64, not negative: logical element indices.
     """
-    counter = index // 4
-    words = [counter & _LOW, counter >> 32, torch.zeros_like(index), torch.zeros_like(index)]
+    words = _four_words(seed, index // 4)
+    lane = index % 4
+    even = torch.where(lane == 0, words[0], words[2])
+    odd = torch.where(lane == 1, words[1], words[3])
+    return torch.where(lane % 2 == 0, even, odd)
+
+
+def _four_words(seed: Tensor, counter: Tensor) -> list[Tensor]:
+    """The words of each counter, those of its four elements in turn."""
+    zero = torch.zeros_like(counter)
+    words = [counter & _LOW, counter >> 32, zero, zero]
     key = [seed & _LOW, (seed >> 32) & _LOW]
     for _ in range(_ROUNDS):
         high_0, low_0 = _multiply(_MULTIPLIERS[0], words[0])
         high_1, low_1 = _multiply(_MULTIPLIERS[1], words[2])
         words = [high_1 ^ words[1] ^ key[0], low_1, high_0 ^ words[3] ^ key[1], low_0]
         key = [(key[0] + _WEYL[0]) & _LOW, (key[1] + _WEYL[1]) & _LOW]
-    lane = index % 4
-    even = torch.where(lane == 0, words[0], words[2])
-    odd = torch.where(lane == 1, words[1], words[3])
-    return torch.where(lane % 2 == 0, even, odd)
+    return words
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:

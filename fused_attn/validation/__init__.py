@@ -1,7 +1,7 @@
 """Checks every backend against the fp64 oracle on the machine at hand."""
 
-from .oracle import case_inputs, check_case, run_case
-from .runner import OPS, Row, fused_backends, op_backends, op_cases, validate
+from .oracle import case_inputs, check_case, oracle_and_reference, run_case, run_function
+from .runner import OPS, Row, check, fused_backends, op_backends, op_cases, validate
 from .tolerance import Comparison, compare
 
 __all__ = [
@@ -9,11 +9,14 @@ __all__ = [
     "Comparison",
     "Row",
     "case_inputs",
+    "check",
     "check_case",
     "compare",
     "fused_backends",
     "op_backends",
     "op_cases",
+    "oracle_and_reference",
     "run_case",
+    "run_function",
     "validate",
 ]

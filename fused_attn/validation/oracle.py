@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,26 +30,43 @@ def run_case(
     Returns:
         Tensors by name: the case's comparable outputs, and ``grad_<input>``.
     """
+    outputs, gradients = run_function(
+        case, inputs, lambda call: case.run(call, backend), backward=backward
+    )
+    return {**case.comparable(inputs, outputs), **gradients}
+
+
+def run_function(
+    case: Case,
+    inputs: Mapping[str, Any],
+    function: Callable[[Mapping[str, Any]], tuple[Tensor, ...]],
+    backward: bool = True,
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """:func:`run_case` of any function of the case's inputs.
+
+    Returns:
+        The detached outputs, and ``grad_<input>`` by name.
+    """
     leaves = {
         name: inputs[name].detach().requires_grad_()
         for name in case.differentiable
         if backward and isinstance(inputs.get(name), Tensor)
     }
-    call = {**inputs, **leaves}
-    outputs = case.run(call, backend)
-    result = dict(case.comparable(inputs, tuple(o.detach() for o in outputs)))
+    outputs = function({**inputs, **leaves})
+    detached = tuple(o.detach() for o in outputs)
     if not leaves:
-        return result
+        return detached, {}
     roots = [o for o in outputs if o.requires_grad]
     generator = torch.Generator().manual_seed(0)
     # Drawn in bf16's few bits, so that the cotangents are the same numbers in every dtype.
     cotangents = [
-        torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype).to(o.device) for o in roots
+        torch.randn(o.shape, generator=generator).bfloat16().to(o.device).to(o.dtype) for o in roots
     ]
     gradients = torch.autograd.grad(roots, list(leaves.values()), cotangents, allow_unused=True)
-    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-        result[f"grad_{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
-    return result
+    return detached, {
+        f"grad_{name}": torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+    }
 
 
 def check_case(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -42,6 +45,17 @@ class Row:
     comparisons: list[Comparison] = field(default_factory=list)
     detail: str = ""
     seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """As an object of JSON, which has no infinity: a comparison that could not be made has no
+        error to state."""
+        record = dataclasses.asdict(self)
+        for values, comparison in zip(record["comparisons"], self.comparisons, strict=True):
+            values["passed"] = comparison.passed
+            for name in ("max_error", "rms_error"):
+                if values[name] == math.inf:
+                    values[name] = None
+        return record
 
 
 def op_cases(op: str) -> tuple[Case, ...]:

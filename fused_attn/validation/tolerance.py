@@ -80,7 +80,10 @@ def compare(name: str, actual: Tensor, oracle: Tensor, same_precision: Tensor) -
     if actual.shape != oracle.shape:
         return _wrong(name, f"shape {list(actual.shape)}, expected {list(oracle.shape)}")
     slack = torch.finfo(actual.dtype).eps + _COMPUTE_SLACK
-    got, want, low = (t.detach().to("cpu", torch.float64) for t in (actual, oracle, same_precision))
+    # Where the oracle is: on a GPU a large tensor is compared sooner than it is copied.
+    got, want, low = (
+        t.detach().to(oracle.device, torch.float64) for t in (actual, oracle, same_precision)
+    )
     if not torch.equal(got.isnan(), want.isnan()):
         return _wrong(name, f"{int((got.isnan() != want.isnan()).sum())} NaN out of place")
     special = want.isinf() | want.isnan()

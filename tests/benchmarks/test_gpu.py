@@ -1,13 +1,14 @@
-"""The runner of GPU stages, rehearsed with stages that take too long, fail and crash."""
+"""The GPU run, rehearsed with stages and workers that take too long, fail and crash."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,75 +17,109 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, gpu_case
-from fused_attn.ops._cases import Case
+from benchmarks import operators, results
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import processes, stages, timed, validating
+from benchmarks.gpu.building import ResourceReport
+from benchmarks.gpu.processes import Failure, Log, Pool, Task
+from benchmarks.gpu.session import Outcome, Session
+from benchmarks.gpu.summary import summary
+from benchmarks.peers import Peer
+from benchmarks.results import Row
+from fused_attn.ops._cases import Case, Roof
+
+MACHINE: Row = {"suite": "machine", "device": "cpu", "name": "none", "commit": "c0ffee"}
+OPERATORS_ROW: Row = {
+    "suite": "operators",
+    "op": "recurrent_cell",
+    "case": "lstm_64x512",
+    "dtype": "float32",
+    "direction": "forward",
+}
 
 
-def python(name: str, code: str, seconds: float = 60.0) -> gpu.Stage:
-    return gpu.Stage(name, (sys.executable, "-c", code), seconds)
+ROOF_ROW: Row = {
+    "suite": "roof", "copies": [[1, 1e-9], [1 << 30, 0.1]], "products": {"float32": 1e9}
+}  # fmt: skip
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
 
 
-def test_goes_on_after_a_failure_and_a_timeout_and_keeps_what_they_wrote(tmp_path: Path) -> None:
-    results = gpu.Results(tmp_path)
-    hangs = 'import time; print(\'{"part": 1}\', flush=True); print("deep", flush=True)\n'
-    stages = [
-        python("build", hangs + "time.sleep(60)", seconds=1.0),
-        python("validate", 'print("note"); raise SystemExit("no such kernel")'),
-        python("tests", "import os; os.abort()"),
-        python("operators", 'print("all well")'),
-    ]
-    started = time.monotonic()
-    assert gpu.run_stages(stages, results, 60.0) == 3
-    assert time.monotonic() - started < 30
-    results.close()
-
-    part, *rows = rows_of(tmp_path)
-    assert part == {"stage": "build", "part": 1}
-    assert [(row["stage"], row["status"]) for row in rows] == [
-        ("build", "timed out"),
-        ("validate", "failed"),
-        ("tests", "failed"),
-        ("operators", "passed"),
-    ]
-    assert rows[0]["exit_code"] is None
-    assert "deep" in rows[0]["error"]
-    assert rows[1]["exit_code"] == 1
-    assert "note" in rows[1]["error"]
-    assert "no such kernel" in rows[1]["error"]
-    assert rows[2]["exit_code"] < 0
-    assert "error" not in rows[3]
-    assert rows[3]["last_line"] == "all well"
-    assert "no such kernel" in (tmp_path / "validate.log").read_text()
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    log = Log(tmp_path / "run.log")
+    yield log
+    log.close()
 
 
-def test_an_error_is_that_of_its_own_process(tmp_path: Path) -> None:
-    results = gpu.Results(tmp_path)
-    stages = [
-        python("operators", 'raise SystemExit("first")'),
-        python("operators", 'raise SystemExit("second")'),
-    ]
-    assert gpu.run_stages(stages, results, 60.0) == 2
-    results.close()
-    assert [row["error"].strip() for row in rows_of(tmp_path)] == ["first", "second"]
+NewSession = Callable[..., Session]
 
 
-def test_a_timeout_ends_the_children_of_a_stage(tmp_path: Path) -> None:
-    results = gpu.Results(tmp_path)
+@pytest.fixture
+def new_session(tmp_path: Path, log: Log) -> Iterator[NewSession]:
+    writer = results.Writer(tmp_path / "run.jsonl", MACHINE)
+
+    def make(known: tuple[Row, ...] = (), **changes: Any) -> Session:
+        defaults = {"device": "cpu", "quick": True, "op": None, "retry_failed": False}
+        return Session(argparse.Namespace(**(defaults | changes)), writer, log, known)
+
+    yield make
+    writer.close()
+
+
+def rows_of(tmp_path: Path) -> list[Row]:
+    return results.read(tmp_path / "run.jsonl").rows
+
+
+# --- one process --------------------------------------------------------------------------------
+
+
+def test_a_process_over_its_time_is_ended_and_keeps_what_it_wrote(log: Log) -> None:
+    rows: list[Row] = []
+    code = 'import time; print(\'{"suite": "a"}\'); print("deep"); time.sleep(60)'
+    ending = processes.run(python(code), 1.5, log, "build", on_row=rows.append)
+    assert (ending.status, ending.exit_code) == ("timed out", None)
+    assert ending.seconds < 20
+    assert rows == [{"suite": "a"}]
+    assert ending.error == "deep"
+    assert "build| deep" in log.path.read_text()
+
+
+def test_a_process_that_fails_tells_the_end_of_its_error(log: Log) -> None:
+    ending = processes.run(
+        python('print("note"); raise SystemExit("no such kernel")'), 60.0, log, "validate"
+    )
+    assert (ending.status, ending.exit_code) == ("failed", 1)
+    assert "no such kernel" in ending.error
+    assert "note" in ending.error
+
+
+def test_a_process_killed_by_a_signal_is_a_failure(log: Log) -> None:
+    ending = processes.run(python("import os; os.abort()"), 60.0, log, "tests")
+    assert (ending.status, ending.exit_code) == ("failed", -6)
+
+
+def test_a_program_that_is_not_there_is_a_failure(log: Log) -> None:
+    ending = processes.run(("/nowhere/compute-sanitizer",), 60.0, log, "sanitizer")
+    assert ending.status == "failed"
+    assert "/nowhere/compute-sanitizer" in ending.error
+
+
+def test_a_process_over_its_time_is_ended_with_its_children(tmp_path: Path, log: Log) -> None:
     pid_file = tmp_path / "pid"
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    gpu.run_stages([python("tests", code, seconds=2.0)], results, 60.0)
-    results.close()
+    # In a group of its own, as ninja's compilers are.
+    code = "import subprocess, sys; "
+    code += f"subprocess.run([sys.executable, '-c', {child!r}], process_group=0)"
+    processes.run(python(code), 2.0, log, "tests")
     pid = int(pid_file.read_text())
     for _ in range(100):
         if not _alive(pid):
             return
         time.sleep(0.05)
-    pytest.fail("the child of a stage that timed out is still running")
+    pytest.fail("the child of a process that timed out is still running")
 
 
 def _alive(pid: int) -> bool:
@@ -95,51 +130,392 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_stages_without_time_are_rows(tmp_path: Path) -> None:
-    results = gpu.Results(tmp_path)
-    assert gpu.run_stages([python("build", ""), python("tests", "")], results, 0.0) == 2
-    results.close()
+def test_a_log_keeps_both_ends_of_a_stage(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log", head_bytes=1000, tail_bytes=500)
+    for stage in ("first", "second"):
+        log.begin(stage)
+        for i in range(10_000):
+            log.write(stage, f"line {i}")
+        log.write(stage, "x" * 100_000)
+        log.end()
+    log.close()
+    text = (tmp_path / "log").read_text()
+    assert len(text) < 8000
+    assert "first| line 0\n" in text
+    assert "second| line 0\n" in text
+    assert text.count("lines left out") == 2
+
+
+# --- workers ------------------------------------------------------------------------------------
+
+# Stands in for benchmarks.gpu.worker: does what a task says.
+WORKER = r"""
+import json, os, sys, time
+def send(**message): print(json.dumps(message), flush=True)
+send(ready=True)
+for line in sys.stdin:
+    task = json.loads(line)
+    send(at=task.get("at", ""))
+    without = task.get("without", [])
+    if task.get("dies") and task["at"] not in without:
+        print("about to abort", file=sys.stderr, flush=True)
+        os.abort()
+    if task.get("hangs") and task["at"] not in without:
+        time.sleep(60)
+    head = {n: task[n] for n in ("op", "case", "dtype", "direction") if n in task}
+    if task["kind"] == "roof":
+        send(row={"suite": "roof", "copies": [[1, 1.0]], "products": {"float32": 1.0}})
+    else:
+        for name in task.get("providers", ["fused_attn"]):
+            if name not in without:
+                row = {"suite": "operators", **head, "provider": name, "p50_ms": 1.0,
+                       "p20_ms": 1.0, "p80_ms": 1.0, "bound": "memory", "share_of_roof": 0.5,
+                       "pid": os.getpid()}
+                send(row=row)
+    send(exhausted=task.get("exhausted", False))
+"""
+
+
+def pool_of(log: Log, rows: list[Row], failures: list[Failure], **options: Any) -> Pool:
+    def failed(task: Task, failure: Failure) -> Task | None:
+        failures.append(failure)
+        return None
+
+    options = {"task_seconds": 30.0, "on_row": rows.append, "on_failure": failed, **options}
+    return Pool(python(WORKER), log, "operators", **options)
+
+
+def test_a_worker_that_dies_is_replaced_for_the_next_task(log: Log) -> None:
+    rows: list[Row] = []
+    failures: list[Failure] = []
+    tasks = [{"kind": "time", "case": "a"}, {"kind": "time", "case": "b", "at": "x", "dies": True}]
+    tasks += [{"kind": "time", "case": "c"}, {"kind": "time", "case": "d"}]
+    left = pool_of(log, rows, failures).work(tasks, 1, time.monotonic() + 60)
+    assert left == 0
+    assert [row["case"] for row in rows] == ["a", "c", "d"]
+    [failure] = failures
+    assert failure.at == "x"
+    assert "about to abort" in failure.error
+    assert "SIGABRT" in failure.error
+    assert rows[0]["pid"] != rows[1]["pid"] == rows[2]["pid"]
+
+
+def test_a_task_over_its_time_costs_itself_alone(log: Log) -> None:
+    rows: list[Row] = []
+    failures: list[Failure] = []
+    tasks = [{"kind": "time", "case": "a", "at": "x", "hangs": True}, {"kind": "time", "case": "b"}]
+    pool = pool_of(log, rows, failures, task_seconds=1.0)
+    assert pool.work(tasks, 1, time.monotonic() + 60) == 0
+    assert [row["case"] for row in rows] == ["b"]
+    assert "not done within 1 s" in failures[0].error
+
+
+def test_tasks_that_the_time_cuts_off_are_neither_done_nor_failed(log: Log) -> None:
+    rows: list[Row] = []
+    failures: list[Failure] = []
+    tasks = [{"kind": "time", "case": "a", "at": "x", "hangs": True}, {"kind": "time", "case": "b"}]
+    assert pool_of(log, rows, failures).work(tasks, 1, time.monotonic() + 1.5) == 2
+    assert not rows
+    assert not failures
+
+
+def test_an_exhausted_worker_is_replaced(log: Log) -> None:
+    rows: list[Row] = []
+    tasks = [{"kind": "time", "case": "a", "exhausted": True}, {"kind": "time", "case": "b"}]
+    assert pool_of(log, rows, []).work(tasks, 1, time.monotonic() + 60) == 0
+    assert rows[0]["pid"] != rows[1]["pid"]
+
+
+def test_workers_that_do_not_begin_are_not_tried_for_ever(log: Log) -> None:
+    pool = Pool(
+        python('raise SystemExit("no module")'), log, "x", 5.0, lambda row: None, lambda *_: None
+    )
+    assert pool.work([{"kind": "a"}, {"kind": "b"}], 1, time.monotonic() + 60) == 2
+    assert "no module" in pool.start_error
+
+
+# --- operators ----------------------------------------------------------------------------------
+
+
+def times_of(session: Session, monkeypatch: pytest.MonkeyPatch, tasks: list[Task]) -> int:
+    monkeypatch.setattr(timed, "operator_tasks", lambda session: tasks)
+    return timed.Timing(session, python(WORKER), 5).work(time.monotonic() + 60)
+
+
+def task_of(case: str, **options: Any) -> Task:
+    head = {name: OPERATORS_ROW[name] for name in ("op", "dtype", "direction")}
+    return {"kind": "time", **head, "case": case, **options}
+
+
+def test_a_case_is_measured_without_the_provider_that_ends_its_process(
+    new_session: NewSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session()
+    bad = {"providers": ["fused_attn", "eager", "compile"], "at": "compile", "dies": True}
+    tasks = [task_of(name, **bad) for name in "abc"]
+    assert times_of(session, monkeypatch, tasks) == 0
+    found = {(row["case"], row["provider"]): row for row in rows_of(tmp_path) if "case" in row}
+    assert len(found) == 9
+    for case in "abc":
+        assert found[case, "eager"]["p50_ms"] == found[case, "fused_attn"]["p50_ms"] == 1.0
+    assert "about to abort" in found["a", "compile"]["failed"]
+    assert "SIGABRT" in found["b", "compile"]["failed"]
+    # By then it is known for it, and costs no third process.
+    assert "left out, since it has ended 2 processes" in found["c", "compile"]["failed"]
+    assert "compile: failed" in "\n".join(summary(session))
+
+
+def test_a_case_that_ends_its_process_among_all_is_a_row(
+    new_session: NewSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session()
+    assert times_of(session, monkeypatch, [task_of("a", at="", dies=True), task_of("b")]) == 0
+    roof, a, b = rows_of(tmp_path)
+    assert roof["suite"] == "roof"
+    assert (a["provider"], "about to abort" in a["failed"]) == ("all", True)
+    assert b["p50_ms"] == 1.0
+
+
+def test_what_was_measured_is_not_measured_again(new_session: NewSession) -> None:
+    only = {"op": ["recurrent_cell"]}
+    tasks = timed.operator_tasks(new_session(**only))
+    assert OPERATORS_ROW["case"] in {task["case"] for task in tasks}
+    measured = {**OPERATORS_ROW, "provider": "eager", "p50_ms": 1.0}
+    failed = {**OPERATORS_ROW, "provider": "fused_attn", "failed": "is wrong"}
+    assert len(timed.operator_tasks(new_session((measured, failed), **only))) == len(tasks) - 1
+    # Where only a failure is known, the case was not finished.
+    assert timed.operator_tasks(new_session((failed,), **only)) == tasks
+    again = new_session((measured, failed), retry_failed=True, **only)
+    assert timed.operator_tasks(again) == tasks
+
+
+def test_on_a_gpu_the_cases_that_others_publish_come_first(
+    new_session: NewSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timed.operators, "our_providers", lambda op, device: {"triton": "triton"})
+    tasks = timed.operator_tasks(new_session(device="cuda", quick=False))
+    names = list(dict.fromkeys((task["op"], task["case"], task["dtype"]) for task in tasks))
+    assert {op for op, _, _ in names[:8]} == {"attention"}
+    assert all("D128" in case for _, case, _ in names[:8])
+    dtypes = [dtype for _, _, dtype in names]
+    assert dtypes == sorted(dtypes)  # bfloat16, then float32
+
+
+# --- validation ---------------------------------------------------------------------------------
+
+
+def test_a_case_that_ends_its_process_has_a_verdict(
+    new_session: NewSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session()
+    head = {"op": "attention", "backend": "cpu", "dtype": "float32", "at": "", "dies": True}
+    tasks = [{"kind": "validate", **head, "case": name} for name in "abc"]
+    monkeypatch.setattr(validating, "DEATHS_ALLOWED", 2)
+    monkeypatch.setattr(validating, "validation_tasks", lambda session: tasks)
+    monkeypatch.setattr(validating, "operator_tasks", lambda session: [])
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    left = validating.Validation(session, python(WORKER)).work(time.monotonic() + 60)
+    assert left == 0
+    rows = rows_of(tmp_path)
+    assert [row["verdict"] for row in rows] == ["error"] * 3
+    assert "SIGABRT" in rows[0]["detail"]
+    assert "left out, since this backend has ended 2 processes" in rows[2]["detail"]
+
+
+def test_verdicts_that_are_there_are_not_asked_for_again(new_session: NewSession) -> None:
+    only = {"op": ["recurrent_cell"]}
+    first, *others = validating.validation_tasks(new_session(**only))
+    head = {name: first[name] for name in ("op", "backend", "case", "dtype")}
+    row = {"suite": "validate", **head, "verdict": "failed"}
+    assert validating.validation_tasks(new_session((row,), **only)) == others
+    again = new_session((row,), retry_failed=True, **only)
+    assert validating.validation_tasks(again) == [first, *others]
+
+
+def test_times_use_what_validation_has_found(new_session: NewSession) -> None:
+    head = {"suite": "agreement", **OPERATORS_ROW} | {"suite": "agreement"}
+    both = {**head, "direction": "forward+backward"}
+    right = {**both, "provider": "cuda", "error": 0.25, "budget": 0.5}
+    wrong = {**both, "provider": "triton", "failed": "is wrong"}
+    other = {**head, "provider": "cuda", "error": 0.125, "budget": 0.25}
+    timing = timed.Timing(new_session((right, wrong, other, ROOF_ROW)), python(WORKER), 5)
+    for direction in ("backward", "forward+backward"):
+        task = timing._before(task_of(OPERATORS_ROW["case"]) | {"direction": direction})
+        assert task is not None
+        assert task["checked"] == {
+            "cuda": {"error": 0.25, "budget": 0.5},
+            "triton": {"failed": "is wrong"},
+        }
+    task = timing._before(task_of(OPERATORS_ROW["case"]))
+    assert task is not None
+    assert task["checked"] == {"cuda": {"error": 0.125, "budget": 0.25}}
+
+
+def test_a_benchmark_case_is_prepared_without_whom_it_dies_of(
+    new_session: NewSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session()
+    bad = {"providers": ["fused_attn", "eager"], "at": "fused_attn", "dies": True}
+    monkeypatch.setattr(validating, "validation_tasks", lambda session: [])
+    monkeypatch.setattr(validating, "operator_tasks", lambda session: [task_of("a", **bad)])
+    left = validating.Validation(session, python(WORKER)).work(time.monotonic() + 60)
+    assert left == 0
+    wrong = [row for row in rows_of(tmp_path) if row["suite"] == "agreement"]
+    assert [row["direction"] for row in wrong] == ["forward", "forward+backward"]
+    assert all(row["provider"] == "fused_attn" for row in wrong)
+    assert "SIGABRT" in wrong[0]["failed"]
+    # The stand-in gives a row for each of the others.
+    assert [row["provider"] for row in rows_of(tmp_path) if "p50_ms" in row] == ["eager"]
+
+
+# --- stages -------------------------------------------------------------------------------------
+
+
+def test_stages_go_on_whatever_becomes_of_one(
+    new_session: NewSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(session: Session, seconds: float) -> Outcome:
+        raise RuntimeError("a mistake of ours")
+
+    limits = {}
+
+    def note(session: Session, seconds: float) -> Outcome:
+        limits["models"] = seconds
+        return Outcome("passed", 0, "all well", more={"left": 0})
+
+    monkeypatch.setitem(stages.RUN, "operators", crash)
+    monkeypatch.setitem(stages.RUN, "models", note)
+    session = new_session()
+    assert stages.run_stages(session, ["operators", "models"], 100.0) == 1
+    operators, models = rows_of(tmp_path)
+    assert (operators["stage"], operators["status"]) == ("operators", "failed")
+    assert "a mistake of ours" in operators["error"]
+    assert (models["status"], models["last_line"], models["left"]) == ("passed", "all well", 0)
+    assert models["clocks"] == {"before": None, "after": None}
+    # What the first left over, the second has.
+    assert limits["models"] == pytest.approx(100.0, abs=5.0)
+    passed = results.read(tmp_path / "run.jsonl").rows
+    assert stages.run_stages(new_session(passed), ["models"], 100.0) == 0
+    assert len(rows_of(tmp_path)) == 2
+
+
+def test_stages_without_time_are_rows(new_session: NewSession, tmp_path: Path) -> None:
+    assert stages.run_stages(new_session(), ["models", "tests"], 0.0) == 2
     assert [row["status"] for row in rows_of(tmp_path)] == ["no time left"] * 2
+
+
+def test_the_shares_of_the_stages_fit_into_ten_minutes() -> None:
+    assert stages.TOTAL_SECONDS <= 570
+    assert set(stages.RUN) == set(stages.STAGES)
+
+
+def test_reads_the_assemblers_report() -> None:
+    report = ResourceReport()
+    name = "_Z4kernILi3EEvPf"
+    for line in (
+        "ptxas info    : 0 bytes gmem",
+        f"ptxas info    : Compiling entry function '{name}' for 'sm_90'",
+        f"ptxas info    : Function properties for {name}",
+        "    64 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads",
+        "ptxas info    : Used 168 registers, used 1 barriers, 128 bytes smem",
+    ):
+        report.read(line)
+    [row] = report.rows()
+    assert "kern" in row["case"]
+    resources = {"target": "sm_90", "stack_bytes": 64, "spills": 20, "registers": 168}
+    assert row == {"suite": "build", "case": row["case"], **resources, "shared": 128}
+
+
+def test_a_test_that_fails_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text("def test_b(): assert 1 == 2\ndef test_c(): pass\n")
+    (tmp_path / "test_d.py").write_text("import a_package_that_is_not_here\n")
+    options = ["-q", "-o", "addopts=", "-p", "benchmarks.gpu.pytest_rows", "-p", "no:cacheprovider"]
+    options += ["--continue-on-collection-errors", "--rootdir", str(tmp_path), str(tmp_path)]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options], cwd=results.ROOT, capture_output=True, text=True
+    )
+    rows = [row for line in run.stdout.splitlines() if (row := processes.as_row(line))]
+    assert [row["case"] for row in rows] == ["test_d.py", "test_a.py::test_b", "all"]
+    assert "a_package_that_is_not_here" in rows[0]["failed"]
+    assert "assert 1 == 2" in rows[1]["failed"]
+    assert rows[2]["counts"] == {"failed": 1, "passed": 1}
+
+
+# --- the command --------------------------------------------------------------------------------
 
 
 def test_says_that_there_is_no_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert command.main(["--out", str(tmp_path / "out")]) == 2
     assert "no CUDA GPU here" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_plans_every_stage_for_the_gpu_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        gpu, "benchmark_cases", lambda op, device: [Doubling(name="a", kind="benchmark")]
-    )
-    backends = {"attention": ("triton", "reference"), "beam_search": ("cpu", "reference")}
-    monkeypatch.setattr(gpu, "op_backends", lambda op: backends[op])
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
-    stages = gpu.plan(gpu.STAGES, "cuda", ["attention", "beam_search"], ["eager"], 7)
-    assert list(dict.fromkeys(stage.name for stage in stages)) == list(gpu.STAGES)
-    assert stages[1].command[stages[1].command.index("-m", 3) + 1] == "gpu"
-    assert "cuda" in stages[2].command
-    assert [stage.label for stage in stages if stage.name == "sanitizer"] == list(gpu.SANITIZERS)
-    assert stages[3].command[0] == "compute-sanitizer"
-    assert stages[-1].command[3:5] == ("attention", "a")
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert "sanitizer" not in [s.name for s in gpu.plan(gpu.STAGES, "cuda", [], [], 1)]
-    assert [s.name for s in gpu.plan(["tests"], "cpu", [], [], 1)] == ["tests"]
-
-
-def test_writes_where_out_says(
+def test_writes_where_out_says_and_goes_on_from_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(gpu, "plan", lambda *_: [python("build", "print('done')")])
-    assert gpu.main(["--device", "cpu"]) == 0
-    machine, build = rows_of(tmp_path)
-    assert machine["torch"] == torch.__version__
-    assert build["status"] == "passed"
-    assert "1 passed, 0 not" in capsys.readouterr().out
+    counts = {"models": 0, "profile": 0}
+
+    def count(name: str, status: str) -> Callable[[Session, float], Outcome]:
+        def stage(session: Session, seconds: float) -> Outcome:
+            counts[name] += 1
+            return Outcome(status)
+
+        return stage
+
+    monkeypatch.setitem(stages.RUN, "models", count("models", "passed"))
+    monkeypatch.setitem(stages.RUN, "profile", count("profile", "failed"))
+    monkeypatch.setenv("OUT", str(tmp_path / "first"))
+    arguments = ["--device", "cpu", "--stages", "models,profile"]
+    assert command.main(arguments) == 1
+    [first] = (tmp_path / "first").glob("*.jsonl")
+    assert first.with_suffix(".log").exists()
+    second = ["--out", str(tmp_path / "second"), "--resume", str(first)]
+    assert command.main([*arguments, *second]) == 1
+    assert counts == {"models": 1, "profile": 2}
+    run = results.read(tmp_path / "second" / first.name)
+    assert run.machine["torch"] == torch.__version__
+    statuses = {row["stage"]: row["status"] for row in run.suite("stage")}
+    assert statuses == {"models": "passed", "profile": "failed"}
+    assert "1 stages passed, 1 not" in capsys.readouterr().out
+
+
+def test_does_not_go_on_from_another_commit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({**MACHINE, "commit": "another"}) + "\n")
+    with pytest.raises(SystemExit):
+        command.main(["--device", "cpu", "--resume", str(tmp_path / "a.jsonl")])
+    assert "is of commit another" in capsys.readouterr().err
+
+
+def test_refuses_a_stage_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--device", "cpu", "--stages", "build,fly"])
+    assert "expected some of build, validate" in capsys.readouterr().err
+
+
+def test_the_worker_measures_a_case(new_session: NewSession, tmp_path: Path) -> None:
+    session = new_session(op=["recurrent_cell"])
+    timing = timed.Timing(session, stages.worker_command("cpu"), 3)
+    session.add(ROOF_ROW)
+    [task] = [
+        task
+        for task in timed.operator_tasks(session)
+        if task["case"] == OPERATORS_ROW["case"] and task["direction"] == "forward"
+    ]
+    task = {**timing._before(task), "without": ["compile"]}
+    assert timing.pool.work([task], 1, time.monotonic() + 60) == 0
+    rows = {row["provider"]: row for row in rows_of(tmp_path) if row["suite"] == "operators"}
+    assert set(rows) == {"fused_attn", "eager", "copy"}
+    for row in rows.values():
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+    assert 0 < rows["fused_attn"]["budget"] <= 1
+
+
+# --- what a worker measures ---------------------------------------------------------------------
 
 
 class Doubling(Case):
@@ -161,56 +537,115 @@ class Doubling(Case):
         return 1000
 
 
+def _unable(case: Case) -> Any:
+    raise NotImplementedError("cannot double")
+
+
 @pytest.fixture
 def doubling(monkeypatch: pytest.MonkeyPatch) -> Doubling:
+    def double(case: Case) -> Any:
+        return lambda inputs: (inputs["x"] + inputs["x"],)
+
+    def fault(case: Case) -> Any:
+        raise RuntimeError("illegal memory access")
+
     bench = ModuleType("benchmarks.bench_doubling")
-    bench.peer = lambda case: lambda inputs: (inputs["x"] + inputs["x"],)  # type: ignore[attr-defined]
+    bench.PEERS = {  # type: ignore[attr-defined]
+        "eager": Peer(double, ""),
+        "absent": Peer(double, "", packages=("a-package-that-is-not-here",)),
+        "unable": Peer(_unable, ""),
+        "one_way": Peer(double, "", differentiable=False),
+        "faulty": Peer(fault, ""),
+    }
     monkeypatch.setitem(sys.modules, "benchmarks.bench_doubling", bench)
-    monkeypatch.setattr(gpu_case, "fused_backends", lambda op, device: ("right", "wrong"))
+    monkeypatch.setattr(operators, "OURS", ("right", "wrong"))
+    monkeypatch.setattr(
+        operators, "our_providers", lambda op, device: {"right": "right", "wrong": "wrong"}
+    )
     return Doubling(name="thousand", kind="benchmark")
 
 
-def test_times_a_case_beside_its_peer_and_a_copy_but_not_what_is_wrong(doubling: Doubling) -> None:
-    arguments = argparse.Namespace(device="cpu", rounds=5, peers=["eager"])
-    rows = gpu_case.time_case(doubling, torch.float32, "forward+backward", arguments)
-    by_provider = {row["provider"]: row for row in rows}
-    assert set(by_provider) == {"wrong", "right", "eager", "copy"}
-    assert "is wrong, so it is not timed" in by_provider["wrong"]["error"]
-    assert "median_ms" not in by_provider["wrong"]
-    for provider in ("right", "eager", "copy"):
-        row = by_provider[provider]
-        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        assert row["bytes"] == 2 * 2 * 1000 * 4
-        assert row["rounds"] == 5
-    assert by_provider["copy"]["share_of_copy"] == 1.0
-    assert "flop" not in by_provider["copy"]
-    assert by_provider["right"]["flop"] == 2000
-    json.dumps(rows)
+ROOF = Roof(((1, 1e-9), (1 << 30, 0.1)), {torch.float32: 1e9})
 
 
-def test_times_bf16_on_a_gpu_as_well(doubling: Doubling) -> None:
-    assert gpu_case.timed_dtypes(doubling, "cpu") == [torch.float32]
-    assert gpu_case.timed_dtypes(doubling, "cuda") == [torch.float32, torch.bfloat16]
+def measured(case: Case, device: str = "cpu", **options: Any) -> dict[str, Row]:
+    rows = operators.measure(case, torch.float32, "forward+backward", device, ROOF, 5, **options)
+    return {row["provider"]: row for row in json.loads(json.dumps(rows))}
+
+
+def test_measures_a_case_beside_its_peers_and_a_copy_but_not_what_is_wrong(
+    doubling: Doubling,
+) -> None:
+    told: list[str] = []
+    rows = measured(doubling, announce=told.append)
+    assert told == ["right", "wrong", "eager", "absent", "unable", "one_way", "faulty", ""]
+    assert "is wrong, so it is not timed" in rows["wrong"]["failed"]
+    assert "illegal memory access" in rows["faulty"]["failed"]
+    assert rows["absent"]["absent"] == "a-package-that-is-not-here is not installed"
+    assert rows["unable"]["absent"] == "cannot double"
+    assert rows["one_way"]["absent"] == "has no gradient"
+    timed_ones = {name for name, row in rows.items() if "p50_ms" in row}
+    assert timed_ones == {"right", "eager", "copy"}
+    for name in timed_ones:
+        row = rows[name]
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert (row["bytes"], row["rounds"]) == (2 * 2 * 1000 * 4, 5)
+    assert rows["right"]["flop"] == 2000
+    assert rows["right"]["error"] == 0.0
+    assert "flop" not in rows["copy"]
+
+
+def test_a_verdict_that_is_known_is_not_asked_for_again(
+    doubling: Doubling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*_: object) -> None:
+        raise RuntimeError("checked again")
+
+    monkeypatch.setattr(operators, "require_correct", check)
+    known = {"right": {"error": 0.25, "budget": 0.5}, "wrong": {"failed": "is not so"}}
+    rows = measured(doubling, only=["right", "wrong"], checked=known)
+    assert (rows["right"]["error"], rows["right"]["budget"]) == (0.25, 0.5)
+    assert "is not so" in rows["wrong"]["failed"]
+
+
+def test_checks_every_provider_of_a_case(doubling: Doubling) -> None:
+    rows: list[Row] = []
+    operators.check(doubling, torch.float32, "cpu", lambda name: None, rows.append)
+    found = {(row["provider"], row["direction"]): row for row in rows}
+    assert {name for name, _ in found} == {"right", "wrong", "eager", "one_way"}
+    assert ("one_way", "forward+backward") not in found
+    assert found["right", "forward"]["error"] == found["eager", "forward+backward"]["error"] == 0.0
+    assert "is wrong" in found["wrong", "forward"]["failed"]
+    assert all(row["suite"] == "agreement" for row in rows)
+
+
+def test_a_process_that_has_lost_the_gpu_says_so(
+    doubling: Doubling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "is_lost", lambda device: True)
+    with pytest.raises(operators.LostProcessError, match="faulty has left") as caught:
+        measured(doubling, only=["right", "faulty"])
+    [row] = caught.value.rows
+    assert (row["provider"], "illegal memory access" in row["failed"]) == ("faulty", True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_times_on_the_gpu() -> None:
-    x = torch.randn(1 << 24, device="cuda")
-    times, launches = gpu_case.interleaved({"double": lambda: x * 2}, torch.device("cuda"), 5)
-    assert len(times["double"]) == len(launches["double"]) == 5
-    assert all(0 < t < 1 for t in times["double"])
-
-
-def test_runs_from_the_command_line_and_is_quick_to_refuse(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    import subprocess
-
-    environment = {**os.environ, "OUT": str(tmp_path)}
-    command = [sys.executable, "-m", "benchmarks.gpu"]
-    result = subprocess.run(
-        command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True, check=False
+@pytest.mark.parametrize("direction", operators.DIRECTIONS)
+def test_times_on_a_gpu_and_in_a_graph(doubling: Doubling, direction: Any) -> None:
+    rows = operators.measure(
+        doubling, torch.float32, direction, "cuda", ROOF, 5, only=["right", "eager"]
     )
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
+    by_provider = {row["provider"]: row for row in rows}
+    # A thousand numbers take the host longer than the GPU, so there are graphs.
+    for name in ("right", "eager"):
+        row = by_provider[name]
+        assert "graph_error" not in row
+        assert 0 < row["graph_ms"] < 1
+        assert 0 < row["p50_ms"] < 1
+        assert row["launch_ms"] > 0
+
+
+def test_times_bf16_on_a_gpu_as_well(doubling: Doubling) -> None:
+    assert operators.timed_dtypes(doubling, "cpu") == [torch.float32]
+    assert operators.timed_dtypes(doubling, "cuda") == [torch.float32, torch.bfloat16]

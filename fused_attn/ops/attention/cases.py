@@ -10,11 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .._cases import ELEMENTARY, Case, Inputs, columns_first, heads_last, large_logits, shared_keys
 from .api import attention
 from .arguments import window_bounds
 from .block_mask import BLOCK, BlockMask
+
+# 1 GB in fp64: more than that the reference holds of one head at a time.
+_HELD_LOGITS = 1 << 27
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +132,44 @@ class AttentionCase(Case):
         return (draw > 0.6) | ((draw > 0.5) & (torch.rand(draw.shape, generator=generator) < 0.5))
 
     def run(self, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tensor, ...]:
-        """Call ``attention``, with the lse where there is one."""
+        """Call ``attention``, with the lse where there is one.
+
+        The reference takes one head after another where it would hold many gigabytes of logits.
+        """
+        if backend == "reference" and self._by_heads():
+            # A head's gradients compute its logits again, so that those of one head are held.
+            of_heads = [
+                checkpoint(
+                    self._call, self._head(inputs, h), backend,
+                    use_reentrant=False, preserve_rng_state=False,
+                )
+                for h in range(self.H)
+            ]  # fmt: skip
+            return tuple(torch.cat(parts, dim=1) for parts in zip(*of_heads, strict=True))
+        return self._call(inputs, backend)
+
+    def _call(self, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tensor, ...]:
         if self.activation != "softmax":
             output = attention(**inputs, backend=backend)
             assert isinstance(output, Tensor)
             return (output,)
         output, lse = attention(**inputs, return_lse=True, backend=backend)
         return output, lse
+
+    def _by_heads(self) -> bool:
+        """Whether the logits are many, and the heads have nothing in common but what is shared."""
+        separate = self.dropout_p == 0.0 and not (self.alibi or self.packed or self.sparse_tiles)
+        logits = self.B * self.H * self.T * self.S
+        return logits > _HELD_LOGITS and separate and self.grouped_heads == self.H
+
+    def _head(self, inputs: Mapping[str, Any], h: int) -> Inputs:
+        """The same call for one head."""
+        head = dict(inputs)
+        for name in ("query", "key", "value", "mask", "bias"):
+            tensor = head.get(name)
+            if isinstance(tensor, Tensor) and tensor.dim() >= 3 and tensor.size(-3) == self.H:
+                head[name] = tensor[..., h : h + 1, :, :]
+        return head
 
     def pairs(self) -> int:
         """Pairs of a query and a key that take part."""

@@ -1,0 +1,217 @@
+"""The stages, their shares of the time, and their order."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from fused_attn.validation import fused_backends, op_cases
+
+from .. import results
+from ..results import ROOT, Row
+from .building import build
+from .processes import Ending, Task, tail
+from .session import SIDE_BY_SIDE, Outcome, Session, dtype_name, of_ending, worker_command
+from .timed import time_operators
+from .validating import validate
+
+SECONDS = {
+    "build": 110.0,
+    "validate": 145.0,
+    "operators": 135.0,
+    "models": 65.0,
+    "profile": 40.0,
+    "tests": 50.0,
+    "sanitizer": 25.0,
+}
+"""What is planned for a stage, in order; where fewer run, each has more in proportion."""
+TOTAL_SECONDS = sum(SECONDS.values())
+STAGES = tuple(SECONDS)
+SANITIZERS = ("memcheck", "racecheck")
+# Files outside these folders may need packages (sacreBLEU) that a borrowed machine lacks, and have
+# no test that needs a GPU.
+GPU_TESTS = (
+    "tests/ops",
+    "tests/nn",
+    "tests/models/test_generation.py",
+    "tests/models/test_rnn_gpu.py",
+    "tests/cuda_host/test_hopper.py",
+    "tests/benchmarks",
+)
+# Where there is no GPU: that the stage itself works. `make test` runs them all.
+REHEARSED_TESTS = ("tests/ops/test_philox.py",)
+
+
+def models(session: Session, seconds: float) -> Outcome:
+    """Whole models beside their peers."""
+    return of_ending(session.run(_module(session, "benchmarks.models", seconds), seconds, "models"))
+
+
+def profile(session: Session, seconds: float) -> Outcome:
+    """Traces, and the counters of the kernel that is slowest beside its roof."""
+    command = _module(session, "benchmarks.profile", seconds)
+    folder = session.writer.path.parent
+    command += ("--results", str(session.writer.path.resolve()), "--out", str(folder.resolve()))
+    return of_ending(session.run(command, seconds, "profile"))
+
+
+def _module(session: Session, module: str, seconds: float) -> tuple[str, ...]:
+    """The command of a module that keeps to a time, with some left for its last case."""
+    return (
+        *(sys.executable, "-m", module, "--device", session.device, "--json"),
+        *("--seconds", f"{0.8 * seconds:.0f}", *(["--quick"] if session.quick else [])),
+    )
+
+
+def tests(session: Session, seconds: float) -> Outcome:
+    """Pytest, without what needs no GPU and what ``validate`` has done."""
+    # The options of pyproject.toml are for plugins that a borrowed machine may lack.
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--tb=short"]
+    command += [
+        "--strict-markers",
+        "-p",
+        "benchmarks.gpu.pytest_rows",
+        "--continue-on-collection-errors",
+    ]
+    if importlib.util.find_spec("xdist") is not None:
+        workers = max((os.cpu_count() or 2) - 2, 1) if session.device == "cuda" else 1
+        command += ["-n", str(workers), "--dist", "worksteal"]
+    environment = SIDE_BY_SIDE
+    if session.device == "cuda":
+        command += ["-m", "gpu", "-k", "not test_matches_the_oracle", *GPU_TESTS]
+    else:
+        command += ["-m", "not gpu and not slow", *REHEARSED_TESTS]
+        # Else CUDA kernels would first be compiled for the host.
+        environment = {**environment, "FUSED_ATTN_CUDA_HOST": ""}
+    return of_ending(session.run(command, seconds, "tests", environment=environment))
+
+
+def sanitizer(session: Session, seconds: float) -> Outcome:
+    """A small case of each op under compute-sanitizer, both tools side by side."""
+    tool = shutil.which("compute-sanitizer")
+    if session.device != "cuda" or tool is None:
+        why = "needs a CUDA GPU" if session.device != "cuda" else "compute-sanitizer is not here"
+        return Outcome("absent", None, why)
+    endings: dict[str, Ending] = {}
+    # An allocation a tensor: memcheck knows no bounds within a block that the allocator keeps.
+    environment = {**SIDE_BY_SIDE, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def watch(name: str) -> None:
+        tasks = json.dumps(sanitized(session.ops, name))
+        command = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20"]
+        if name == "memcheck":
+            # Calls that fail and are expected to: PyTorch asks drivers for what they lack.
+            command += ["--report-api-errors", "no"]
+        command += worker_command("cuda")
+        endings[name] = session.run(
+            (*command, "--tasks", tasks), seconds, name, environment=environment
+        )
+
+    threads = [threading.Thread(target=watch, args=(n,), daemon=True) for n in SANITIZERS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, ending in endings.items():
+        row: Row = {"suite": "stage", "stage": "sanitizer", "label": name, "status": ending.status}
+        row |= {"exit_code": ending.exit_code, "seconds": round(ending.seconds, 1)}
+        row |= {"last_line": ending.last_line}
+        session.add(row | ({"error": ending.error} if ending.error else {}))
+    worst = max(endings.values(), key=lambda e: ("passed", "timed out", "failed").index(e.status))
+    return Outcome(worst.status, worst.exit_code, worst.last_line, worst.error)
+
+
+def sanitized(ops: Sequence[str], tool: str) -> list[Task]:
+    """What a tool watches: of each op's backends the first ordinary case, hand-written ones first.
+
+    Races are looked for in the CUDA kernels alone, whose barriers are written by hand.
+    """
+    tasks = []
+    for backend in ("cuda", "triton") if tool == "memcheck" else ("cuda",):
+        for op in ops:
+            if backend in fused_backends(op, "cuda"):
+                case = next(case for case in op_cases(op) if case.kind == "typical")
+                dtype = dtype_name(case.dtypes[-1])
+                task = {"op": op, "backend": backend, "case": case.name, "dtype": dtype}
+                tasks.append({"kind": "run", **task})
+    return tasks
+
+
+def _worker(device: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "benchmarks.worker", "--device", device)
+
+
+RUN: dict[str, Callable[[Session, float], Outcome]] = {
+    "build": build,
+    "validate": validate,
+    "operators": time_operators,
+    "models": models,
+    "profile": profile,
+    "tests": tests,
+    "sanitizer": sanitizer,
+}
+
+
+def run_stages(session: Session, names: Sequence[str], seconds: float) -> int:
+    """Run stages in order, whatever becomes of each.
+
+    Returns:
+        The number of those that did not pass.
+    """
+    passed = {
+        row["stage"]
+        for row in session.suite("stage")
+        if row["status"] == "passed" and "label" not in row
+    }
+    # A fresh machine has no extension, whatever an earlier one had.
+    if not list((ROOT / "fused_attn").glob("_C*.so")):
+        passed.discard("build")
+    todo = [name for name in names if name not in passed]
+    for name in names:
+        if name not in todo:
+            print(f"{name}: passed before", flush=True)
+    scale = seconds / max(sum(SECONDS[name] for name in todo), 1.0)
+    end = time.monotonic()
+    failures = 0
+    for name in todo:
+        end += scale * SECONDS[name]
+        limit = end - time.monotonic()
+        row: Row = {"suite": "stage", "stage": name}
+        if limit < 1:
+            session.add(row | {"status": "no time left"})
+            failures += 1
+            continue
+        print(f"{name}: at most {limit:.0f} s", flush=True)
+        session.log.begin(name)
+        before = results.clocks()
+        started = time.monotonic()
+        try:
+            outcome = RUN[name](session, limit)
+        except Exception:  # a row of the report, so that the other stages still run
+            outcome = Outcome("failed", error=tail(traceback.format_exc()))
+            session.log.write(name, outcome.error)
+        row |= {
+            "status": outcome.status,
+            "exit_code": outcome.exit_code,
+            "seconds": round(time.monotonic() - started, 1),
+            "limit_seconds": round(limit, 1),
+            "last_line": outcome.last_line,
+            "clocks": {"before": before, "after": results.clocks()},
+            **outcome.more,
+        }
+        if outcome.error:
+            row["error"] = outcome.error
+        session.log.end()
+        session.add(row)
+        failures += outcome.status not in ("passed", "absent")
+        if name == "build":
+            # Which kernels there are is a part of what the machine is.
+            session.writer.restate(results.describe(session.device))
+    return failures
