@@ -20,6 +20,10 @@ from .counting import launches
 OURS = "fused_attn"
 OURS_EAGER = "fused_attn_eager"
 """On a GPU: our search without its CUDA graph."""
+NO_TIME = "no time left"
+"""Why a case that was not begun is absent."""
+SEARCH_ROUNDS = {"cuda": 3, "cpu": 5}
+"""On a GPU a search of a peer's is most of a second of the host's, and the GPU is lent."""
 # Seconds that a turn lasts at least, by repeating the call: on a GPU a step takes milliseconds.
 _TURN_SECONDS = {"cuda": 0.2, "cpu": 0.0}
 # Enough of a traceback to act on, when the machine is gone.
@@ -71,6 +75,10 @@ class ModelCase:
     """Whether launches are worth counting, which on a GPU takes seconds, and memory on a CPU."""
     shows_ours: bool = True
     """False where another case has the row of ours."""
+    rounds: int = 5
+    """Turns of each provider, where nobody says."""
+    needs_seconds: float = 0.0
+    """With less time left the case is not begun."""
 
     @property
     def label(self) -> str:
