@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..results import Row
-from ..timing import interleaved, peak_bytes, ratio, summary
+from ..timing import Times, interleaved, peak_bytes, ratio, summary
 from .counting import launches
 
 OURS = "fused_attn"
@@ -139,22 +139,30 @@ def _compare(case: ModelCase, device: str, rounds: int) -> Iterator[Row]:
         for name in calls:
             yield from _if_shown(case, name, failed=_error())
         return
-    for name, call in calls.items():
-        s = summary(times[name].seconds)
-        fields: Row = {
-            "p20_ms": s.p20 * 1e3,
-            "p50_ms": s.median * 1e3,
-            "p80_ms": s.p80 * 1e3,
-            "rounds": len(times[name].seconds),
-            "tokens_per_s": case.tokens / s.median,
-            "shape": case.shape,
-            **said[name],
-        }
-        if OURS in calls and name != OURS:
-            r = ratio(times[name].seconds, times[OURS].seconds)
-            fields["ratio"] = [r.q25, r.median, r.q75]
-        fields |= _counted(case, name, call, device)
-        yield from _if_shown(case, name, **fields)
+    rows = {name: _timed(case, name, times, said[name]) for name in calls}
+    if device == "cuda" and case.counts:
+        # A profiler may end the process; a later row replaces these.
+        yield from (row for name, row in rows.items() if name in case.shown())
+    for name, row in rows.items():
+        if name in case.shown():
+            yield row | _counted(case, name, calls[name], device)
+
+
+def _timed(case: ModelCase, name: str, times: dict[str, Times], said: Row) -> Row:
+    s = summary(times[name].seconds)
+    fields: Row = {
+        "p20_ms": s.p20 * 1e3,
+        "p50_ms": s.median * 1e3,
+        "p80_ms": s.p80 * 1e3,
+        "rounds": len(times[name].seconds),
+        "tokens_per_s": case.tokens / s.median,
+        "shape": case.shape,
+        **said,
+    }
+    if OURS in times and name != OURS:
+        r = ratio(times[name].seconds, times[OURS].seconds)
+        fields["ratio"] = [r.q25, r.median, r.q75]
+    return case.row(name, **fields)
 
 
 def _counted(case: ModelCase, name: str, call: Callable[[], object], device: str) -> Row:
