@@ -14,13 +14,16 @@ import torch
 from benchmarks import exponents, scaling
 from benchmarks.results import Row, read
 from benchmarks.scaling import SWEEPS, Limits, Sweep
-from fused_attn.ops._cases import Roof
+from fused_attn.ops._cases import Case, Direction, Roof
 from fused_attn.ops.attention.cases import AttentionCase
 from fused_attn.ops.beam_search.cases import BeamSearchCase
-from fused_attn.validation import OPS, case_inputs
+from fused_attn.validation import OPS, case_inputs, fused_backends
 
 ROOF = Roof(((1 << 20, 1e-4),), {torch.float32: 1e11})
 LIMITS = Limits(rounds=3, call_seconds=60.0, point_seconds=0.01, check_seconds=60.0, bytes=1e9)
+BUILT = pytest.mark.skipif(
+    "cpu" not in fused_backends("attention", "cpu"), reason="the C++ extension is not built"
+)
 ATTENTION = next(s for s in SWEEPS if (s.op, s.dimension) == ("attention", "T"))
 
 
@@ -30,6 +33,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Sweep:
     base = BeamSearchCase(name="small", kind="benchmark", B=2, K=2, V=100)
     monkeypatch.setattr(scaling, "op_cases", lambda op: (base,))
     return Sweep("beam_search", "V", "small", "small", (50, 100), lambda base, V: {"V": V})
+
+
+def peak_and_held(case: Case, direction: Direction) -> tuple[int, int]:
+    """Of our call."""
+    inputs = case_inputs(case, torch.float32, "cpu")
+    outputs: Any = scaling.bind(case, lambda given: case.run(given, None), inputs, "forward")()
+    call = scaling.bind(case, lambda given: case.run(given, None), inputs, direction)
+    gradients: Any = call() if direction != "forward" else ()
+    held = scaling.held_bytes((*outputs, *gradients))
+    del outputs, gradients
+    return scaling.peak_bytes(call), held
 
 
 def rows_of(sweep: Sweep, limits: Limits = LIMITS) -> list[Row]:
@@ -154,6 +168,7 @@ def test_the_table_has_ours_beside_the_others_and_the_model() -> None:
     ]
 
 
+@BUILT
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 def test_memory_of_attention_grows_with_the_length_and_of_the_peer_with_its_square(
     direction: Any,
@@ -172,3 +187,15 @@ def test_memory_of_attention_grows_with_the_length_and_of_the_peer_with_its_squa
     ours, eager = (exponents.exponent(lengths, some) for some in peaks.values())
     assert ours == pytest.approx(1.0, abs=0.05), peaks
     assert eager == pytest.approx(2.0, abs=0.1), peaks
+
+
+@BUILT
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.op}-{sweep.dimension}")
+def test_ours_holds_little_beside_outputs_and_gradients(sweep: Sweep) -> None:
+    case = sweep.case(sweep.values[len(sweep.values) // 2 - 1], "cpu")
+    if sweep is ATTENTION:  # whose 8 heads have two sums each of the gradients of keys and values
+        case = dataclasses.replace(case, B=2)  # type: ignore[call-arg]
+    for direction in scaling.DIRECTIONS if case.differentiable else ("forward",):
+        peak, held = peak_and_held(case, direction)
+        # Statistics of rows, and sums of parameters' gradients in chunks.
+        assert held <= peak <= 1.1 * held + 64 * 1024
