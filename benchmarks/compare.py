@@ -56,7 +56,7 @@ PACKAGE_OF = {
     "onnxruntime": "onnxruntime",
     "liger": "liger-kernel",
 }
-"""What a peer's version is that of; others are torch's."""
+"""By the beginning of a peer's name, whose version its is; others' is torch's."""
 
 
 class UnusableError(Exception):
@@ -227,7 +227,8 @@ def _by_name(run: Run, suites: Sequence[str], ops: Sequence[str]) -> dict[str, C
 
 
 def _same_version(a: Run, b: Run, provider: str) -> bool:
-    package = PACKAGE_OF.get(provider, "torch")
+    packages = (package for start, package in PACKAGE_OF.items() if provider.startswith(start))
+    package = next(packages, "torch")
     return bool(a.machine.get(package) == b.machine.get(package))
 
 
