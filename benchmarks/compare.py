@@ -56,7 +56,7 @@ PACKAGE_OF = {
     "onnxruntime": "onnxruntime",
     "liger": "liger-kernel",
 }
-"""What a peer's version is that of; others are torch's."""
+"""By the beginning of a peer's name, whose version its is; others' is torch's."""
 
 
 class UnusableError(Exception):
@@ -139,6 +139,9 @@ class Result:
     controls: int
     """Rows of peers from which these are."""
     limit: float
+    """Changes up to this, or down to its inverse, count as none."""
+    noisy: bool
+    """Whether the limit is above the threshold."""
 
     @property
     def slower(self) -> list[Verdict]:
@@ -210,7 +213,8 @@ def compare(
     for name, one in after.items():
         known = before[name].ours if name in before else {}
         notes["new"] += [f"{name} {provider}" for provider in one.ours if provider not in known]
-    return Result(verdicts, notes, math.exp(machine), spread, len(changes), limit)
+    factor = math.exp(machine)
+    return Result(verdicts, notes, factor, spread, len(changes), limit, limit > threshold)
 
 
 def _by_name(run: Run, suites: Sequence[str], ops: Sequence[str]) -> dict[str, Comparison]:
@@ -223,7 +227,8 @@ def _by_name(run: Run, suites: Sequence[str], ops: Sequence[str]) -> dict[str, C
 
 
 def _same_version(a: Run, b: Run, provider: str) -> bool:
-    package = PACKAGE_OF.get(provider, "torch")
+    packages = (package for start, package in PACKAGE_OF.items() if provider.startswith(start))
+    package = next(packages, "torch")
     return bool(a.machine.get(package) == b.machine.get(package))
 
 
@@ -355,7 +360,9 @@ def lines(result: Result) -> Iterator[str]:
             yield from ("", f"{title}:", *(f"- {row}" for row in rows))
     counts = f"{len(result.slower)} slower, {len(result.faster)} faster"
     counts += "".join(f", {len(rows)} {title}" for title, rows in result.notes.items() if rows)
-    yield from ("", f"{'WORSE' if result.worse else 'ok'}: of {len(result.verdicts)} rows {counts}")
+    hidden = f"; noise hides changes below {result.limit:.2f}" if result.noisy else ""
+    verdict = "WORSE" if result.worse else "ok"
+    yield from ("", f"{verdict}: of {len(result.verdicts)} rows {counts}{hidden}")
 
 
 def _told(verdict: Verdict) -> str:

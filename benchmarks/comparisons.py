@@ -9,7 +9,7 @@ from typing import Any
 from .operators import OURS
 from .results import IDENTITY, Row, Run
 
-YARDSTICKS = ("copy", "sum")
+YARDSTICKS = ("copy", "sum", "cross_entropy")
 """Providers that do less than a case asks for: what its data alone take, and no peers."""
 TIMED = ("operators", "models", "scaling")
 """Suites whose rows are times of providers."""

@@ -36,7 +36,7 @@ from .comparisons import is_ours
 from .figures import ENDINGS, PEER_NAMES, Data, stamp
 
 TEXT, FAINT = "#7a8490", "#8b949e"
-OURS, PALE, WORSE = "#2f7fd8", "#9cc3ee", "#d07a54"
+OURS, PALE, WORSE = "#2f7fd8", "#86b4e8", "#d07a54"
 PEERS = ("#c9973f", "#3f9c86", "#a97bb5", "#c96f7d", "#8f8f5a")
 """Of peers in the order in which they come; told apart by their lightness too."""
 _MARKERS = "DsP^v"
@@ -123,10 +123,12 @@ def _png(figure: Figure, description: str) -> bytes:
 def headline(data: Data) -> Figure:
     """A bar a case: dark to the fastest peer, pale to the slowest, on a logarithmic axis."""
     rows = data["rows"]
-    places, y, family = [], 0.0, rows[0]["family"]
-    for row in rows:
-        y += 0.55 * (row["family"] != family)
-        family = row["family"]
+    families = [row["family"] for row in rows]
+    places, y = [], 0.0
+    for i, family in enumerate(families):
+        if i and family != families[i - 1]:
+            # What is said below a family's name needs a line.
+            y += 0.55 if families.count(families[i - 1]) > 1 else 1.3
         places.append(y)
         y += 1.0
     height = 0.235 * y + 0.95
@@ -158,7 +160,7 @@ def headline(data: Data) -> Figure:
     axes.tick_params(axis="x", length=2)
     names = [("■ the fastest other", OURS), ("■ the slowest other", PALE), ("■ slower", WORSE)]
     names = names if min(times) < 1 else names[:2]
-    _title(figure, "How many times as fast as others", data["device"], 0.30, names)
+    _title(figure, "fused_attn: how many times as fast as others", data["device"], 0.30, names)
     return figure
 
 
@@ -338,7 +340,7 @@ def _lines(axes: Axes, panel: Data, what: str, others: Sequence[str]) -> None:
         model = [p["floor_ms" if what == "time" else "held_bytes"] for p in points]
         if not drawn_model and all(model):
             scale = 1e-3 if what == "time" else 1.0
-            axes.plot(values, [v * scale for v in model], "--", color=TEXT, linewidth=1.0)
+            axes.plot(values, [v * scale for v in model], "--", color=TEXT, linewidth=1.0, zorder=5)
             drawn_model = True
 
 

@@ -221,12 +221,14 @@ def _operators(runs: Sequence[Run], block: Block) -> Parts:
 
 
 def _models(runs: Sequence[Run], block: Block) -> Parts:
-    by_run: dict[Path, tuple[Run, list[Row]]] = {}
+    # A table for all that have the same providers, and so the same columns.
+    alike: dict[tuple[Path, frozenset[str]], tuple[Run, list[Row]]] = {}
     for model, task in _measured(runs, "models", "model", "task"):
         if not block.words or any(_means(word, model, task) for word in block.words):
             run, rows = newest_rows(runs, "models", model=model, task=task) or (runs[0], [])
-            by_run.setdefault(run.path, (run, []))[1].extend(rows)
-    for run, rows in by_run.values():
+            providers = frozenset(row["provider"] for row in rows)
+            alike.setdefault((run.path, providers), (run, []))[1].extend(rows)
+    for run, rows in alike.values():
         known = comparisons(rows)
         yield from tables.models(known)
         yield from tables.problems(known)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import compare as module
-from benchmarks.compare import UnusableError, compare, resolve
+from benchmarks.compare import UnusableError, compare, lines, resolve
 from benchmarks.results import Run
 
 from .rows import ROOF, machine, noisy_run, providers, write
@@ -60,6 +60,7 @@ def test_power_is_lost_to_noise_and_not_certainty() -> None:
     after = noisy_run(2, CASES, within=0.1, between=0.1, slow=1.2, slow_cases=20)
     result = compare(before, after)
     assert result.limit > 1.3
+    assert list(lines(result))[-1].endswith(f"; noise hides changes below {result.limit:.2f}")
     assert len(result.slower) <= 1
 
 
