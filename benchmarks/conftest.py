@@ -11,7 +11,7 @@ import torch
 
 from fused_attn.ops._cases import Case, Direction
 
-from .operators import OURS
+from .operators import OURS, last_line
 from .suite import CLOCK, Session
 
 _SESSION = pytest.StashKey[Session]()
@@ -38,9 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    path = config.stash[_SESSION].close()
-    if path is not None:
-        terminalreporter.write_line(f"results: {path}")
+    session = config.stash[_SESSION]
+    path = session.close()
+    if path is None:
+        return
+    terminalreporter.section("peers")
+    for note in session.notes():
+        terminalreporter.write_line(note)
+    terminalreporter.write_line(f"results: {path}")
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def measured(
             pytest.fail(row["failed"])
         for problem in ("absent", "failed"):
             if problem in row:
-                pytest.skip(f"{problem}: {row[problem].strip().splitlines()[-1]}")
+                pytest.skip(f"{problem}: {last_line(row[problem])}")
         benchmark.extra_info.update(row)
         turns = iter(seconds)
         benchmark.pedantic(lambda: CLOCK.advance(next(turns)), rounds=len(seconds), iterations=1)

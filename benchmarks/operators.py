@@ -15,6 +15,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -299,17 +300,20 @@ def _providers(
         if direction != "forward" and not peer.differentiable:
             raise NotImplementedError("has no gradient")
         made = _made(case, dtype, device)
-        if name not in made:
-            made[name] = peer.make(case)
+        if name not in made.runs:
+            made.runs[name] = peer.make(case)
+        run, passes = made.runs[name], (name, direction == "forward")
 
         def find() -> Row:
-            try:
-                error, _ = require_same_function(case, peer, made[name], dtype, device, direction)
-            except Incomparable as reason:
-                return {"unchecked": str(reason)}
-            return {"error": error}
+            if passes not in made.agreements:
+                try:
+                    agreement = require_same_function(case, peer, run, dtype, device, direction)
+                    made.agreements[passes] = {"error": agreement.error}
+                except Incomparable as reason:
+                    made.agreements[passes] = {"unchecked": str(reason)}
+            return made.agreements[passes]
 
-        return made[name], find
+        return run, find
 
     known: dict[str, Callable[[], tuple[Run, Callable[[], Row]]]] = {
         name: functools.partial(ours, backend)
@@ -319,11 +323,19 @@ def _providers(
     return {name: prepare for name, prepare in known.items() if not only or name in only}
 
 
+@dataclass
+class _Made:
+    """The peers of a case, as far as they are made: what is compiled serves all directions."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    agreements: dict[tuple[str, bool], Row] = field(default_factory=dict)
+    """By name, and whether outputs alone were compared."""
+
+
 @functools.lru_cache(maxsize=1)
-def _made(case: Case, dtype: torch.dtype, device: str) -> dict[str, Run]:
-    """The case's peers by name, as far as they are made: what is compiled serves all directions."""
+def _made(case: Case, dtype: torch.dtype, device: str) -> _Made:
     torch._dynamo.reset()
-    return {}
+    return _Made()
 
 
 def _head(case: Case, dtype: torch.dtype, direction: Direction) -> Row:
@@ -336,13 +348,18 @@ def line(row: Row) -> str:
     head = f"{row['op']} {row['case']} {row['dtype']} {row['direction']} {row['provider']}: "
     for problem in ("absent", "failed"):
         if problem in row:
-            return f"{head}{problem}, {row[problem].strip().splitlines()[-1]}"
+            return f"{head}{problem}, {last_line(row[problem])}"
     text = f"{head}{row['p50_ms']:.4g} ms ({row['p20_ms']:.4g}–{row['p80_ms']:.4g})"
     if "ratio" in row:
         text += ", {1:.2f} ({0:.2f}–{2:.2f}) times ours".format(*row["ratio"])
     if row.get("share_of_roof"):
         text += f", {row['share_of_roof']:.0%} of the roof ({row['bound']})"
     return text
+
+
+def last_line(text: str) -> str:
+    """Of a reason or a traceback: what happened."""
+    return text.strip().splitlines()[-1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -110,8 +110,8 @@ def main() -> int:
     parser.add_argument("--tbps", type=float, help="rate of memory; default: measured")
     arguments = parser.parse_args()
     if arguments.tflops and arguments.tbps:
-        seconds = SIZES[-1] / arguments.tbps / 1e12
-        roof = Roof(((0, 0.0), (SIZES[-1], seconds)), {torch.float32: arguments.tflops * 1e12})
+        copies = tuple((size, size / arguments.tbps / 1e12) for size in (1, SIZES[-1]))
+        roof = Roof(copies, {torch.float32: arguments.tflops * 1e12})
         print("rates as given\n")
     else:
         roof = measure_roof(arguments.device)

@@ -85,6 +85,7 @@ class Session:
     _key: tuple[Any, ...] = ()
     _rows: dict[str, Row] = field(default_factory=dict)
     _seconds: dict[str, list[float]] = field(default_factory=dict)
+    _notes: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
     def row(
         self, case: Case, dtype: torch.dtype, direction: Direction, provider: str
@@ -102,10 +103,22 @@ class Session:
             )
             for row in rows:
                 self._writer.add(row)
+                self._note(row)
             self._key = key
             self._rows = {row["provider"]: row for row in rows}
             self._seconds = {name: taken.seconds for name, taken in times.items()}
         return self._rows[provider], self._seconds.get(provider, [])
+
+    def _note(self, row: Row) -> None:
+        for kind in ("absent", "failed", "unchecked"):
+            if kind in row:
+                note = (kind, row["provider"], operators.last_line(row[kind]))
+                self._notes[note] = self._notes.get(note, 0) + 1
+
+    def notes(self) -> Iterator[str]:
+        """Who was absent, failed or could not be checked, and why: each reason once."""
+        for (kind, provider, reason), times in sorted(self._notes.items()):
+            yield f"{kind}: {provider} ({times} row{'s' if times > 1 else ''}): {reason}"
 
     def close(self) -> Path | None:
         """Close the file of results, which is returned."""

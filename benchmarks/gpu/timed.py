@@ -26,8 +26,8 @@ from .session import (
     worker_command,
 )
 
-_HEAD = ("op", "case", "dtype", "direction")
-_FOUND = ("error", "budget", "unchecked", "failed")
+_HEAD: tuple[str, ...] = ("op", "case", "dtype", "direction")
+_FOUND: tuple[str, ...] = ("error", "budget", "unchecked", "failed")
 ROUNDS, QUICK_ROUNDS = 15, 5
 DEATHS_ALLOWED = 2
 """How many processes a provider may end before it is left out of the rest of its op."""
