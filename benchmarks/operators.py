@@ -184,6 +184,8 @@ def measure(
                 rows.append({**head, "provider": name, "failed": traceback.format_exc(limit=-4)})
                 if is_lost(device):
                     raise LostProcessError(name, rows) from None
+                if device == "cuda":
+                    torch.cuda.empty_cache()  # where memory was short, the others need it
         announce("")
         if moved and calls:
             calls["copy"] = [copy_of(moved, device)]

@@ -104,16 +104,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     known: list[Row] = []
     if arguments.resume is not None:
         before = Path(arguments.resume or path)
-        try:
-            earlier = results.read(before)
-        except (OSError, ValueError) as error:
-            parser.error(f"--resume: {error}")
-        if earlier.machine["commit"] != machine["commit"]:
-            parser.error(f"--resume: {before} is of commit {earlier.machine['commit']}")
-        known = earlier.rows
-        if before.resolve() != path.resolve():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(before, path)
+        if arguments.resume or path.exists():
+            try:
+                earlier = results.read(before)
+            except (OSError, ValueError) as error:
+                parser.error(f"--resume: {error}")
+            if earlier.machine["commit"] != machine["commit"]:
+                parser.error(f"--resume: {before} is of commit {earlier.machine['commit']}")
+            known = earlier.rows
+            if before.resolve() != path.resolve():
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(before, path)
     log = Log(path.with_suffix(".log"))
     print(f"{machine['name']}, torch {machine['torch']}, triton {machine['triton']}: {path}")
     with results.Writer(path, machine) as writer:

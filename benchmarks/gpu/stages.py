@@ -23,13 +23,13 @@ from .timed import time_operators
 from .validating import validate
 
 SECONDS = {
-    "build": 110.0,
-    "validate": 145.0,
-    "operators": 135.0,
-    "models": 65.0,
+    "build": 140.0,
+    "validate": 140.0,
+    "operators": 130.0,
+    "models": 60.0,
     "profile": 40.0,
-    "tests": 50.0,
-    "sanitizer": 25.0,
+    "tests": 40.0,
+    "sanitizer": 20.0,
 }
 """What is planned for a stage, in order; where fewer run, each has more in proportion."""
 TOTAL_SECONDS = sum(SECONDS.values())

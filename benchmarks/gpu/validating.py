@@ -25,8 +25,11 @@ from .session import (
 )
 from .timed import operator_tasks
 
-# Those that prepare benchmark cases hold up to 20 GB each; the others next to nothing.
-PREPARING = 5
+# Processes that prepare benchmark cases, whose oracle takes up to 20 GB of an H200's 141; the others
+# take next to nothing. A peer that wants more than its process may have is told of when it is timed.
+PREPARING = 4
+MEMORY = {"validate": 0.015, "prepare": 0.18}
+"""Of the GPU's memory, what a process may have."""
 PREPARE_SECONDS = 2 * CASE_SECONDS
 """A case's peers are compiled with it."""
 DEATHS_ALLOWED = 8
@@ -72,39 +75,44 @@ class Validation:
         session = self._session
         cores = os.cpu_count() or 2
         preparing = min(PREPARING, max(cores // 2, 1))
-        prepare = [
-            {**task, "kind": "prepare", "without": []}
-            for task in operator_tasks(session)
-            if task["direction"] == "forward"
-        ]
-        todo = [(validation_tasks(session), max(cores - preparing, 1)), (prepare, preparing)]
-        left = [0, 0]
+        cases = {
+            (task["op"], task["case"], task["dtype"]): task for task in operator_tasks(session)
+        }
+        todo = {
+            "validate": (validation_tasks(session), max(cores - preparing, 1), CASE_SECONDS),
+            "prepare": (
+                [{**task, "kind": "prepare", "without": []} for task in cases.values()],
+                preparing,
+                PREPARE_SECONDS,
+            ),
+        }
+        left: dict[str, int] = {}
 
-        def serve(index: int) -> None:
-            tasks, count = todo[index]
+        def serve(kind: str) -> None:
+            tasks, count, case_seconds = todo[kind]
             pool = Pool(
-                self._command,
+                (*self._command, "--memory", str(MEMORY[kind])),
                 session.log,
-                ("validate", "prepare")[index],
-                (CASE_SECONDS, PREPARE_SECONDS)[index],
+                kind,
+                case_seconds,
                 on_row=self._add,
                 on_failure=self._failed,
                 before=self._before,
                 environment=SIDE_BY_SIDE,
             )
             try:
-                left[index] = pool.work(tasks, count, deadline)
+                left[kind] = pool.work(tasks, count, deadline)
             except Exception:
                 self.errors.append(traceback.format_exc())
             if pool.start_error:
                 self.errors.append(pool.start_error)
 
-        threads = [threading.Thread(target=serve, args=(i,), daemon=True) for i in range(2)]
+        threads = [threading.Thread(target=serve, args=(kind,), daemon=True) for kind in todo]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return sum(left)
+        return sum(left.values())
 
     def _add(self, row: Row) -> None:
         self._seen.add(identity(row))
