@@ -78,7 +78,9 @@ def our_providers(op: str, device: str) -> dict[str, str | None]:
 
     Where a GPU has none of them, the library's choice too, which is then the reference.
     """
-    backends = {} if device == "cpu" else {name: name for name in fused_backends(op, device)}
+    backends: dict[str, str | None] = (
+        {} if device == "cpu" else {name: name for name in fused_backends(op, device)}
+    )
     return backends or {"fused_attn": None}
 
 

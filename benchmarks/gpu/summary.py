@@ -13,7 +13,7 @@ from .session import Session, line
 FAILURES, TIMES = 20, 45
 _CASE = ("model", "task", "op", "case", "dtype", "direction")
 # What no implementation of the whole op can be as fast as.
-_BOUNDS = ("copy", "sum")
+_BOUNDS = ("copy", "sum", "cross_entropy")
 
 
 def summary(session: Session) -> list[str]:

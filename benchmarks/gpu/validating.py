@@ -25,8 +25,8 @@ from .session import (
 )
 from .timed import operator_tasks
 
-# Processes that prepare benchmark cases, whose oracle takes up to 20 GB of an H200's 141; the others
-# take next to nothing. A peer that wants more than its process may have is told of when it is timed.
+# Processes that prepare benchmark cases, whose oracle takes up to 20 GB of an H200's 141; the
+# others take next to nothing. A peer that wants more than it may have is told of when it is timed.
 PREPARING = 4
 MEMORY = {"validate": 0.015, "prepare": 0.18}
 """Of the GPU's memory, what a process may have."""
@@ -75,9 +75,8 @@ class Validation:
         session = self._session
         cores = os.cpu_count() or 2
         preparing = min(PREPARING, max(cores // 2, 1))
-        cases = {
-            (task["op"], task["case"], task["dtype"]): task for task in operator_tasks(session)
-        }
+        # One task a case and dtype, whatever directions are wanted of it.
+        cases = {(t["op"], t["case"], t["dtype"]): t for t in operator_tasks(session)}
         todo = {
             "validate": (validation_tasks(session), max(cores - preparing, 1), CASE_SECONDS),
             "prepare": (
