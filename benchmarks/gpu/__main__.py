@@ -9,7 +9,8 @@ For a machine that is at hand only for minutes. The stages run in order, whateve
 4. ``models``: `benchmarks.models`.
 5. ``profile``: `benchmarks.profile`.
 6. ``tests``: pytest, those that need a GPU, but for what ``validate`` has done.
-7. ``sanitizer``: compute-sanitizer's memcheck and racecheck on a case of each op, where installed.
+7. ``sanitizer``, beside ``tests``: compute-sanitizer's memcheck and racecheck on a case of each op,
+   where it is installed.
 
 A stage's share of the time is in `stages.SECONDS`; what one leaves over, the next ones have. They
 sum to 570 seconds, so that a command of ten minutes ends by itself and its results are kept. The

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +12,7 @@ from fused_attn.validation import Comparison, fused_backends, op_cases
 
 from .. import operators
 from ..results import Row, identity
-from .processes import Failure, Pool, Task
+from .processes import Failure, Pool, Task, side_by_side
 from .session import (
     CASE_SECONDS,
     SIDE_BY_SIDE,
@@ -68,7 +66,7 @@ class Validation:
         self._deaths: Counter[tuple[str, str]] = Counter()
         self._seen: set[tuple[Any, ...]] = set()
         self.errors: list[str] = []
-        """What went wrong apart from the cases."""
+        """Why workers did not begin."""
 
     def work(self, deadline: float) -> int:
         """Do all that has no verdict; how much was left undone."""
@@ -85,9 +83,8 @@ class Validation:
                 PREPARE_SECONDS,
             ),
         }
-        left: dict[str, int] = {}
 
-        def serve(kind: str) -> None:
+        def serve(kind: str) -> int:
             tasks, count, case_seconds = todo[kind]
             pool = Pool(
                 (*self._command, "--memory", str(MEMORY[kind])),
@@ -99,19 +96,12 @@ class Validation:
                 before=self._before,
                 environment=SIDE_BY_SIDE,
             )
-            try:
-                left[kind] = pool.work(tasks, count, deadline)
-            except Exception:
-                self.errors.append(traceback.format_exc())
+            left = pool.work(tasks, count, deadline)
             if pool.start_error:
                 self.errors.append(pool.start_error)
+            return left
 
-        threads = [threading.Thread(target=serve, args=(kind,), daemon=True) for kind in todo]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(left.values())
+        return sum(side_by_side(serve, list(todo)))
 
     def _add(self, row: Row) -> None:
         self._seen.add(identity(row))

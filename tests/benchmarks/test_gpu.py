@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -400,6 +401,21 @@ def test_stages_go_on_whatever_becomes_of_one(
 def test_stages_without_time_are_rows(new_session: NewSession, tmp_path: Path) -> None:
     assert stages.run_stages(new_session(), ["models", "tests"], 0.0) == 2
     assert [row["status"] for row in rows_of(tmp_path)] == ["no time left"] * 2
+
+
+def test_what_times_nothing_runs_side_by_side(
+    new_session: NewSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barrier = threading.Barrier(2)
+
+    def meet(session: Session, seconds: float) -> Outcome:
+        barrier.wait(timeout=20)
+        return Outcome("passed")
+
+    monkeypatch.setitem(stages.RUN, "tests", meet)
+    monkeypatch.setitem(stages.RUN, "sanitizer", meet)
+    assert stages.run_stages(new_session(), ["tests", "sanitizer"], 60.0) == 0
+    assert [row["limit_seconds"] for row in rows_of(tmp_path)] == [pytest.approx(60.0, abs=5)] * 2
 
 
 def test_the_shares_of_the_stages_fit_into_ten_minutes() -> None:
