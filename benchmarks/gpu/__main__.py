@@ -9,7 +9,8 @@ For a machine that is at hand only for minutes. The stages run in order, whateve
 4. ``models``: `benchmarks.models`.
 5. ``profile``: `benchmarks.profile`.
 6. ``tests``: pytest, those that need a GPU, but for what ``validate`` has done.
-7. ``sanitizer``: compute-sanitizer's memcheck and racecheck on a case of each op, where installed.
+7. ``sanitizer``, beside ``tests``: compute-sanitizer's memcheck and racecheck on a case of each op,
+   where it is installed.
 
 A stage's share of the time is in `stages.SECONDS`; what one leaves over, the next ones have. They
 sum to 570 seconds, so that a command of ten minutes ends by itself and its results are kept. The
@@ -104,16 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     known: list[Row] = []
     if arguments.resume is not None:
         before = Path(arguments.resume or path)
-        try:
-            earlier = results.read(before)
-        except (OSError, ValueError) as error:
-            parser.error(f"--resume: {error}")
-        if earlier.machine["commit"] != machine["commit"]:
-            parser.error(f"--resume: {before} is of commit {earlier.machine['commit']}")
-        known = earlier.rows
-        if before.resolve() != path.resolve():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(before, path)
+        if arguments.resume or path.exists():
+            try:
+                earlier = results.read(before)
+            except (OSError, ValueError) as error:
+                parser.error(f"--resume: {error}")
+            if earlier.machine["commit"] != machine["commit"]:
+                parser.error(f"--resume: {before} is of commit {earlier.machine['commit']}")
+            known = earlier.rows
+            if before.resolve() != path.resolve():
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(before, path)
     log = Log(path.with_suffix(".log"))
     print(f"{machine['name']}, torch {machine['torch']}, triton {machine['triton']}: {path}")
     with results.Writer(path, machine) as writer:

@@ -16,13 +16,16 @@ from fused_attn import _extension
 from ..results import Row
 from .session import ENVIRONMENT, Outcome, Session, of_ending
 
+_ERRORS, _ERROR_CHARACTERS = 20, 300
+
 
 class ResourceReport:
-    """Reads the assembler's report on each kernel from the compiler's output."""
+    """Reads the assembler's report on each kernel, and errors, from the compilers' output."""
 
     def __init__(self) -> None:
         self.kernels: dict[str, Row] = {}
         """By mangled name."""
+        self.errors: list[str] = []
         self._kernel: Row = {}
 
     def read(self, line: str) -> None:
@@ -37,6 +40,8 @@ class ResourceReport:
             self._kernel |= {"registers": int(match[1])}
             self._kernel |= {"shared": int(shared[1]) if shared else 0}
             self._kernel = {}
+        elif re.search(r"\berror\b", line) and len(self.errors) < _ERRORS:
+            self.errors.append(line.strip()[:_ERROR_CHARACTERS])
 
     def rows(self) -> list[Row]:
         """A row a kernel, by its name in C++."""
@@ -82,6 +87,9 @@ def build(session: Session, seconds: float) -> Outcome:
     # What was loaded, or missed, before.
     _extension.load.cache_clear()
     outcome = of_ending(ending)
+    if outcome.error:
+        # What follows the first of them may fill the end of the output.
+        outcome.error = "\n".join([*report.errors, outcome.error])
     outcome.more = {
         "kernels": len(kernels),
         "spilling": sum(row.get("spills", 0) > 0 for row in kernels),

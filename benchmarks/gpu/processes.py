@@ -31,6 +31,7 @@ START_SECONDS = 90.0
 _LINE_CHARACTERS = 2000
 _FAILED_STARTS = 2
 _EXIT_SECONDS = 5.0
+_END_SECONDS = 10.0
 
 Task = dict[str, Any]
 """What a worker is told in a line of JSON; ``kind`` names what to do."""
@@ -109,6 +110,33 @@ def end_all() -> None:
     """End every process that still runs: they are in sessions of their own and would outlive us."""
     for process in list(_LIVE):
         _end(process)
+
+
+def side_by_side(function: Callable[[Any], Any], values: Sequence[Any]) -> list[Any]:
+    """The function's results, each from a thread of its own.
+
+    The threads do not keep a process alive that is told to end.
+
+    Raises:
+        BaseException: What the first of them raised.
+    """
+    results: dict[int, Any] = {}
+    mistakes: list[BaseException] = []
+
+    def serve(i: int) -> None:
+        try:
+            results[i] = function(values[i])
+        except BaseException as mistake:
+            mistakes.append(mistake)
+
+    threads = [threading.Thread(target=serve, args=(i,), daemon=True) for i in range(len(values))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if mistakes:
+        raise mistakes[0]
+    return [results[i] for i in range(len(values))]
 
 
 def as_row(line: str) -> Row | None:
@@ -314,7 +342,6 @@ class Pool:
         self._lock = threading.Lock()
         self._tasks: deque[Task] = deque()
         self._unfinished = self._failed_starts = 0
-        self._mistake: BaseException | None = None
         self.start_error = ""
         """Why workers did not begin, where they did not."""
 
@@ -332,16 +359,7 @@ class Pool:
         self._tasks = deque(tasks)
         self._unfinished = 0
         count = min(count, len(self._tasks))
-        threads = [
-            threading.Thread(target=self._serve, args=(i, deadline), daemon=True)
-            for i in range(count)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self._mistake is not None:
-            raise self._mistake
+        side_by_side(lambda number: self._serve(number, deadline), range(count))
         return len(self._tasks) + self._unfinished
 
     def _serve(self, number: int, deadline: float) -> None:
@@ -373,8 +391,6 @@ class Pool:
                     again = self._on_failure(task, failure)
                     if again is not None:
                         self._tasks.appendleft(again)
-        except BaseException as mistake:  # of a callback
-            self._mistake = mistake
         finally:
             if worker is not None:
                 worker.end()
@@ -442,14 +458,17 @@ def _readers(
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    # Its session, not its group: ninja gives each compiler a group of its own.
-    while members := _session_members(process.pid):
+    # Its session, not its group: ninja gives each compiler a group of its own. A process that a
+    # driver does not let go cannot be waited for.
+    deadline = time.monotonic() + _END_SECONDS
+    while (members := _session_members(process.pid)) and time.monotonic() < deadline:
         for pid in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.poll()
         time.sleep(0.01)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
     _LIVE.discard(process)
 
 

@@ -27,7 +27,7 @@ SIDE_BY_SIDE = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 """Of processes that share the cores."""
 CASE_SECONDS = 60.0
 """The limit of a case, once its process has begun."""
-LINE_CHARACTERS = 200
+LINE_CHARACTERS = 160
 """Of a row on the screen."""
 ALL = "all"
 """The provider of a row that says what befell a case as a whole."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import shutil
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,23 +17,25 @@ from fused_attn.validation import fused_backends, op_cases
 from .. import results
 from ..results import ROOT, Row
 from .building import build
-from .processes import Ending, Task, tail
+from .processes import Ending, Task, side_by_side, tail
 from .session import SIDE_BY_SIDE, Outcome, Session, dtype_name, of_ending, worker_command
 from .timed import time_operators
 from .validating import validate
 
 SECONDS = {
-    "build": 110.0,
-    "validate": 145.0,
-    "operators": 135.0,
-    "models": 65.0,
+    "build": 140.0,
+    "validate": 140.0,
+    "operators": 130.0,
+    "models": 60.0,
     "profile": 40.0,
-    "tests": 50.0,
-    "sanitizer": 25.0,
+    "tests": 40.0,
+    "sanitizer": 20.0,
 }
 """What is planned for a stage, in order; where fewer run, each has more in proportion."""
 TOTAL_SECONDS = sum(SECONDS.values())
 STAGES = tuple(SECONDS)
+SIDE_BY_SIDE_STAGES = ("tests", "sanitizer")
+"""These time nothing, and leave each other enough of the machine: they have their time together."""
 SANITIZERS = ("memcheck", "racecheck")
 # Files outside these folders may need packages (sacreBLEU) that a borrowed machine lacks, and have
 # no test that needs a GPU.
@@ -74,12 +76,8 @@ def tests(session: Session, seconds: float) -> Outcome:
     """Pytest, without what needs no GPU and what ``validate`` has done."""
     # The options of pyproject.toml are for plugins that a borrowed machine may lack.
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--tb=short"]
-    command += [
-        "--strict-markers",
-        "-p",
-        "benchmarks.gpu.pytest_rows",
-        "--continue-on-collection-errors",
-    ]
+    command += ["--strict-markers", "--continue-on-collection-errors"]
+    command += ["-p", "benchmarks.gpu.pytest_rows"]
     if importlib.util.find_spec("xdist") is not None:
         workers = max((os.cpu_count() or 2) - 2, 1) if session.device == "cuda" else 1
         command += ["-n", str(workers), "--dist", "worksteal"]
@@ -99,32 +97,26 @@ def sanitizer(session: Session, seconds: float) -> Outcome:
     if session.device != "cuda" or tool is None:
         why = "needs a CUDA GPU" if session.device != "cuda" else "compute-sanitizer is not here"
         return Outcome("absent", None, why)
-    endings: dict[str, Ending] = {}
     # An allocation a tensor: memcheck knows no bounds within a block that the allocator keeps.
     environment = {**SIDE_BY_SIDE, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
-    def watch(name: str) -> None:
+    def watch(name: str) -> Ending:
         tasks = json.dumps(sanitized(session.ops, name))
         command = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20"]
         if name == "memcheck":
             # Calls that fail and are expected to: PyTorch asks drivers for what they lack.
             command += ["--report-api-errors", "no"]
         command += worker_command("cuda")
-        endings[name] = session.run(
-            (*command, "--tasks", tasks), seconds, name, environment=environment
-        )
+        command += ["--tasks", tasks]
+        return session.run(command, seconds, name, environment=environment)
 
-    threads = [threading.Thread(target=watch, args=(n,), daemon=True) for n in SANITIZERS]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for name, ending in endings.items():
+    endings = side_by_side(watch, SANITIZERS)
+    for name, ending in zip(SANITIZERS, endings, strict=True):
         row: Row = {"suite": "stage", "stage": "sanitizer", "label": name, "status": ending.status}
         row |= {"exit_code": ending.exit_code, "seconds": round(ending.seconds, 1)}
         row |= {"last_line": ending.last_line}
         session.add(row | ({"error": ending.error} if ending.error else {}))
-    worst = max(endings.values(), key=lambda e: ("passed", "timed out", "failed").index(e.status))
+    worst = max(endings, key=lambda e: ("passed", "timed out", "failed").index(e.status))
     return Outcome(worst.status, worst.exit_code, worst.last_line, worst.error)
 
 
@@ -142,10 +134,6 @@ def sanitized(ops: Sequence[str], tool: str) -> list[Task]:
                 task = {"op": op, "backend": backend, "case": case.name, "dtype": dtype}
                 tasks.append({"kind": "run", **task})
     return tasks
-
-
-def _worker(device: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "benchmarks.worker", "--device", device)
 
 
 RUN: dict[str, Callable[[Session, float], Outcome]] = {
@@ -180,38 +168,52 @@ def run_stages(session: Session, names: Sequence[str], seconds: float) -> int:
     scale = seconds / max(sum(SECONDS[name] for name in todo), 1.0)
     end = time.monotonic()
     failures = 0
-    for name in todo:
-        end += scale * SECONDS[name]
+    for group in _groups(todo):
+        end += scale * sum(SECONDS[name] for name in group)
         limit = end - time.monotonic()
-        row: Row = {"suite": "stage", "stage": name}
         if limit < 1:
-            session.add(row | {"status": "no time left"})
-            failures += 1
+            for name in group:
+                session.add({"suite": "stage", "stage": name, "status": "no time left"})
+            failures += len(group)
             continue
-        print(f"{name}: at most {limit:.0f} s", flush=True)
-        session.log.begin(name)
-        before = results.clocks()
-        started = time.monotonic()
-        try:
-            outcome = RUN[name](session, limit)
-        except Exception:  # a row of the report, so that the other stages still run
-            outcome = Outcome("failed", error=tail(traceback.format_exc()))
-            session.log.write(name, outcome.error)
-        row |= {
-            "status": outcome.status,
-            "exit_code": outcome.exit_code,
-            "seconds": round(time.monotonic() - started, 1),
-            "limit_seconds": round(limit, 1),
-            "last_line": outcome.last_line,
-            "clocks": {"before": before, "after": results.clocks()},
-            **outcome.more,
-        }
-        if outcome.error:
-            row["error"] = outcome.error
+        print(f"{', '.join(group)}: at most {limit:.0f} s", flush=True)
+        session.log.begin(", ".join(group))
+        rows = side_by_side(functools.partial(_run_stage, session, limit), group)
         session.log.end()
-        session.add(row)
-        failures += outcome.status not in ("passed", "absent")
-        if name == "build":
+        for row in rows:
+            session.add(row)
+            failures += row["status"] not in ("passed", "absent")
+        if "build" in group:
             # Which kernels there are is a part of what the machine is.
             session.writer.restate(results.describe(session.device))
     return failures
+
+
+def _groups(names: Sequence[str]) -> list[list[str]]:
+    """Stages that run together; each is there once, in order."""
+    together = [name for name in names if name in SIDE_BY_SIDE_STAGES]
+    alone = [[name] for name in names if name not in SIDE_BY_SIDE_STAGES]
+    return [*alone, together] if together else alone
+
+
+def _run_stage(session: Session, limit: float, name: str) -> Row:
+    """Run a stage, and its row."""
+    before = results.clocks()
+    started = time.monotonic()
+    try:
+        outcome = RUN[name](session, limit)
+    except Exception:  # a row of the report, so that the other stages still run
+        outcome = Outcome("failed", error=tail(traceback.format_exc()))
+        session.log.write(name, outcome.error)
+    row: Row = {
+        "suite": "stage",
+        "stage": name,
+        "status": outcome.status,
+        "exit_code": outcome.exit_code,
+        "seconds": round(time.monotonic() - started, 1),
+        "limit_seconds": round(limit, 1),
+        "last_line": outcome.last_line,
+        "clocks": {"before": before, "after": results.clocks()},
+        **outcome.more,
+    }
+    return row | ({"error": outcome.error} if outcome.error else {})

@@ -26,7 +26,8 @@ from .session import (
     worker_command,
 )
 
-_HEAD = ("op", "case", "dtype", "direction")
+_HEAD: tuple[str, ...] = ("op", "case", "dtype", "direction")
+_FOUND: tuple[str, ...] = ("error", "budget", "unchecked", "failed")
 _FOUND = ("error", "budget", "unchecked", "failed")
 ROUNDS, QUICK_ROUNDS = 15, 5
 DEATHS_ALLOWED = 2
@@ -147,9 +148,7 @@ def _checked(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in _HEAD)
-        kept = {
-            name: row[name] for name in ("error", "budget", "unchecked", "failed") if name in row
-        }
+        kept: Row = {name: row[name] for name in _FOUND if name in row}
         found.setdefault(key, {})[row["provider"]] = kept
     return found
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +12,7 @@ from fused_attn.validation import Comparison, fused_backends, op_cases
 
 from .. import operators
 from ..results import Row, identity
-from .processes import Failure, Pool, Task
+from .processes import Failure, Pool, Task, side_by_side
 from .session import (
     CASE_SECONDS,
     SIDE_BY_SIDE,
@@ -25,8 +23,11 @@ from .session import (
 )
 from .timed import operator_tasks
 
-# Those that prepare benchmark cases hold up to 20 GB each; the others next to nothing.
-PREPARING = 5
+# Processes that prepare benchmark cases, whose oracle takes up to 20 GB of an H200's 141; the
+# others take next to nothing. A peer that wants more than it may have is told of when it is timed.
+PREPARING = 4
+MEMORY = {"validate": 0.015, "prepare": 0.18}
+"""Of the GPU's memory, what a process may have."""
 PREPARE_SECONDS = 2 * CASE_SECONDS
 """A case's peers are compiled with it."""
 DEATHS_ALLOWED = 8
@@ -65,46 +66,42 @@ class Validation:
         self._deaths: Counter[tuple[str, str]] = Counter()
         self._seen: set[tuple[Any, ...]] = set()
         self.errors: list[str] = []
-        """What went wrong apart from the cases."""
+        """Why workers did not begin."""
 
     def work(self, deadline: float) -> int:
         """Do all that has no verdict; how much was left undone."""
         session = self._session
         cores = os.cpu_count() or 2
         preparing = min(PREPARING, max(cores // 2, 1))
-        prepare = [
-            {**task, "kind": "prepare", "without": []}
-            for task in operator_tasks(session)
-            if task["direction"] == "forward"
-        ]
-        todo = [(validation_tasks(session), max(cores - preparing, 1)), (prepare, preparing)]
-        left = [0, 0]
+        # One task a case and dtype, whatever directions are wanted of it.
+        cases = {(t["op"], t["case"], t["dtype"]): t for t in operator_tasks(session)}
+        todo = {
+            "validate": (validation_tasks(session), max(cores - preparing, 1), CASE_SECONDS),
+            "prepare": (
+                [{**task, "kind": "prepare", "without": []} for task in cases.values()],
+                preparing,
+                PREPARE_SECONDS,
+            ),
+        }
 
-        def serve(index: int) -> None:
-            tasks, count = todo[index]
+        def serve(kind: str) -> int:
+            tasks, count, case_seconds = todo[kind]
             pool = Pool(
-                self._command,
+                (*self._command, "--memory", str(MEMORY[kind])),
                 session.log,
-                ("validate", "prepare")[index],
-                (CASE_SECONDS, PREPARE_SECONDS)[index],
+                kind,
+                case_seconds,
                 on_row=self._add,
                 on_failure=self._failed,
                 before=self._before,
                 environment=SIDE_BY_SIDE,
             )
-            try:
-                left[index] = pool.work(tasks, count, deadline)
-            except Exception:
-                self.errors.append(traceback.format_exc())
+            left = pool.work(tasks, count, deadline)
             if pool.start_error:
                 self.errors.append(pool.start_error)
+            return left
 
-        threads = [threading.Thread(target=serve, args=(i,), daemon=True) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(left)
+        return sum(side_by_side(serve, list(todo)))
 
     def _add(self, row: Row) -> None:
         self._seen.add(identity(row))

@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tasks", help="a JSON list to do, in place of standard input")
+    parser.add_argument("--memory", type=float, default=1.0, help="of the GPU's, what it may have")
     arguments = parser.parse_args(argv)
     # A parent asks by the first where a task hangs; the others tell where it crashes.
     faulthandler.register(signal.SIGUSR1)
@@ -138,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         messages.write(json.dumps(message) + "\n")
         messages.flush()
 
+    if arguments.device == "cuda" and arguments.memory < 1.0:
+        torch.cuda.set_per_process_memory_fraction(arguments.memory)
     send({"ready": True})
     tasks = json.loads(arguments.tasks) if arguments.tasks else map(json.loads, sys.stdin)
     for task in tasks:

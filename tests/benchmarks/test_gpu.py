@@ -7,15 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import operators, results
 from benchmarks.gpu import __main__ as command
@@ -24,9 +23,9 @@ from benchmarks.gpu.building import ResourceReport
 from benchmarks.gpu.processes import Failure, Log, Pool, Task
 from benchmarks.gpu.session import Outcome, Session
 from benchmarks.gpu.summary import summary
-from benchmarks.peers import Peer
 from benchmarks.results import Row
-from fused_attn.ops._cases import Case, Roof
+
+from .doubling import ROOF, THOUSAND, Doubling, install
 
 MACHINE: Row = {"suite": "machine", "device": "cpu", "name": "none", "commit": "c0ffee"}
 OPERATORS_ROW: Row = {
@@ -404,6 +403,21 @@ def test_stages_without_time_are_rows(new_session: NewSession, tmp_path: Path) -
     assert [row["status"] for row in rows_of(tmp_path)] == ["no time left"] * 2
 
 
+def test_what_times_nothing_runs_side_by_side(
+    new_session: NewSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barrier = threading.Barrier(2)
+
+    def meet(session: Session, seconds: float) -> Outcome:
+        barrier.wait(timeout=20)
+        return Outcome("passed")
+
+    monkeypatch.setitem(stages.RUN, "tests", meet)
+    monkeypatch.setitem(stages.RUN, "sanitizer", meet)
+    assert stages.run_stages(new_session(), ["tests", "sanitizer"], 60.0) == 0
+    assert [row["limit_seconds"] for row in rows_of(tmp_path)] == [pytest.approx(60.0, abs=5)] * 2
+
+
 def test_the_shares_of_the_stages_fit_into_ten_minutes() -> None:
     assert stages.TOTAL_SECONDS <= 570
     assert set(stages.RUN) == set(stages.STAGES)
@@ -518,104 +532,50 @@ def test_the_worker_measures_a_case(new_session: NewSession, tmp_path: Path) -> 
 # --- what a worker measures ---------------------------------------------------------------------
 
 
-class Doubling(Case):
-    op = "doubling"
-    differentiable = ("x",)
-
-    def inputs(
-        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-    ) -> dict[str, Any]:
-        return {"x": torch.randn(1000, generator=generator).to(device, dtype)}
-
-    def run(self, inputs: Mapping[str, Any], backend: str | None) -> tuple[Tensor, ...]:
-        return (inputs["x"] * (3.0 if backend == "wrong" else 2.0),)
-
-    def bytes_moved(self, itemsize: int, backward: bool = False) -> int:
-        return 2 * 1000 * itemsize
-
-    def flops(self, backward: bool = False) -> int:
-        return 1000
-
-
-def _unable(case: Case) -> Any:
-    raise NotImplementedError("cannot double")
-
-
 @pytest.fixture
 def doubling(monkeypatch: pytest.MonkeyPatch) -> Doubling:
-    def double(case: Case) -> Any:
-        return lambda inputs: (inputs["x"] + inputs["x"],)
-
-    def fault(case: Case) -> Any:
-        raise RuntimeError("illegal memory access")
-
-    bench = ModuleType("benchmarks.bench_doubling")
-    bench.PEERS = {  # type: ignore[attr-defined]
-        "eager": Peer(double, ""),
-        "absent": Peer(double, "", packages=("a-package-that-is-not-here",)),
-        "unable": Peer(_unable, ""),
-        "one_way": Peer(double, "", differentiable=False),
-        "faulty": Peer(fault, ""),
-    }
-    monkeypatch.setitem(sys.modules, "benchmarks.bench_doubling", bench)
-    monkeypatch.setattr(operators, "OURS", ("right", "wrong"))
-    monkeypatch.setattr(
-        operators, "our_providers", lambda op, device: {"right": "right", "wrong": "wrong"}
-    )
-    return Doubling(name="thousand", kind="benchmark")
+    install(monkeypatch, lambda op, device: {"wrong": "wrong", "fused_attn": None})
+    operators.forget()
+    return THOUSAND
 
 
-ROOF = Roof(((1, 1e-9), (1 << 30, 0.1)), {torch.float32: 1e9})
-
-
-def measured(case: Case, device: str = "cpu", **options: Any) -> dict[str, Row]:
-    rows = operators.measure(case, torch.float32, "forward+backward", device, ROOF, 5, **options)
+def measured(**options: Any) -> dict[str, Row]:
+    rows = operators.measure(THOUSAND, torch.float32, "forward", "cpu", ROOF, 3, **options)
     return {row["provider"]: row for row in json.loads(json.dumps(rows))}
-
-
-def test_measures_a_case_beside_its_peers_and_a_copy_but_not_what_is_wrong(
-    doubling: Doubling,
-) -> None:
-    told: list[str] = []
-    rows = measured(doubling, announce=told.append)
-    assert told == ["right", "wrong", "eager", "absent", "unable", "one_way", "faulty", ""]
-    assert "is wrong, so it is not timed" in rows["wrong"]["failed"]
-    assert "illegal memory access" in rows["faulty"]["failed"]
-    assert rows["absent"]["absent"] == "a-package-that-is-not-here is not installed"
-    assert rows["unable"]["absent"] == "cannot double"
-    assert rows["one_way"]["absent"] == "has no gradient"
-    timed_ones = {name for name, row in rows.items() if "p50_ms" in row}
-    assert timed_ones == {"right", "eager", "copy"}
-    for name in timed_ones:
-        row = rows[name]
-        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-        assert (row["bytes"], row["rounds"]) == (2 * 2 * 1000 * 4, 5)
-    assert rows["right"]["flop"] == 2000
-    assert rows["right"]["error"] == 0.0
-    assert "flop" not in rows["copy"]
 
 
 def test_a_verdict_that_is_known_is_not_asked_for_again(
     doubling: Doubling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(*_: object) -> None:
+    def ask(*_: object) -> None:
         raise RuntimeError("checked again")
 
-    monkeypatch.setattr(operators, "require_correct", check)
-    known = {"right": {"error": 0.25, "budget": 0.5}, "wrong": {"failed": "is not so"}}
-    rows = measured(doubling, only=["right", "wrong"], checked=known)
-    assert (rows["right"]["error"], rows["right"]["budget"]) == (0.25, 0.5)
+    monkeypatch.setattr(operators, "require_correct", ask)
+    monkeypatch.setattr(operators, "require_same_function", ask)
+    known = {"fused_attn": {"error": 0.25, "budget": 0.5}, "wrong": {"failed": "is not so"}}
+    known |= {"eager": {"error": 0.125}, "tripling": {"failed": "computes something else"}}
+    told: list[str] = []
+    rows = measured(only=list(known), checked=known, announce=told.append)
+    assert told == ["wrong", "fused_attn", "eager", "tripling", ""]
+    assert (rows["fused_attn"]["error"], rows["fused_attn"]["budget"]) == (0.25, 0.5)
+    assert rows["eager"]["error"] == 0.125
     assert "is not so" in rows["wrong"]["failed"]
+    assert "computes something else" in rows["tripling"]["failed"]
+    assert "p50_ms" in rows["eager"]
 
 
 def test_checks_every_provider_of_a_case(doubling: Doubling) -> None:
     rows: list[Row] = []
     operators.check(doubling, torch.float32, "cpu", lambda name: None, rows.append)
     found = {(row["provider"], row["direction"]): row for row in rows}
-    assert {name for name, _ in found} == {"right", "wrong", "eager", "one_way"}
-    assert ("one_way", "forward+backward") not in found
-    assert found["right", "forward"]["error"] == found["eager", "forward+backward"]["error"] == 0.0
+    # Who cannot be asked is told of when it is timed.
+    assert {"refusing", "raising", "not_installed"}.isdisjoint(row["provider"] for row in rows)
+    assert ("forward_only", "forward+backward") not in found
+    assert found["fused_attn", "forward"]["budget"] == 0.0
+    assert found["eager", "forward+backward"]["error"] == 0.0
     assert "is wrong" in found["wrong", "forward"]["failed"]
+    assert "failed" not in found["wrong_gradient", "forward"]
+    assert "something else" in found["wrong_gradient", "forward+backward"]["failed"]
     assert all(row["suite"] == "agreement" for row in rows)
 
 
@@ -623,10 +583,12 @@ def test_a_process_that_has_lost_the_gpu_says_so(
     doubling: Doubling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operators, "is_lost", lambda device: True)
-    with pytest.raises(operators.LostProcessError, match="faulty has left") as caught:
-        measured(doubling, only=["right", "faulty"])
+    with pytest.raises(operators.LostProcessError, match="raising has left") as caught:
+        measured(only=["fused_attn", "raising"])
     [row] = caught.value.rows
-    assert (row["provider"], "illegal memory access" in row["failed"]) == ("faulty", True)
+    assert (row["provider"], "out of order" in row["failed"]) == ("raising", True)
+    with pytest.raises(operators.LostProcessError, match="raising has left"):
+        operators.check(doubling, torch.float32, "cpu", lambda name: None, lambda row: None)
 
 
 @pytest.mark.gpu
@@ -634,18 +596,13 @@ def test_a_process_that_has_lost_the_gpu_says_so(
 @pytest.mark.parametrize("direction", operators.DIRECTIONS)
 def test_times_on_a_gpu_and_in_a_graph(doubling: Doubling, direction: Any) -> None:
     rows = operators.measure(
-        doubling, torch.float32, direction, "cuda", ROOF, 5, only=["right", "eager"]
+        doubling, torch.float32, direction, "cuda", ROOF, 5, only=["fused_attn", "eager"]
     )
     by_provider = {row["provider"]: row for row in rows}
     # A thousand numbers take the host longer than the GPU, so there are graphs.
-    for name in ("right", "eager"):
+    for name in ("fused_attn", "eager"):
         row = by_provider[name]
         assert "graph_error" not in row
         assert 0 < row["graph_ms"] < 1
         assert 0 < row["p50_ms"] < 1
         assert row["launch_ms"] > 0
-
-
-def test_times_bf16_on_a_gpu_as_well(doubling: Doubling) -> None:
-    assert operators.timed_dtypes(doubling, "cpu") == [torch.float32]
-    assert operators.timed_dtypes(doubling, "cuda") == [torch.float32, torch.bfloat16]
