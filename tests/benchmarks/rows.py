@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def machine(**fields: Any) -> Row:
 
 def providers(
     case: str,
-    seconds: dict[str, Sequence[float]],
+    seconds: Mapping[str, Sequence[float]],
     op: str = "attention",
     direction: str = "forward",
     floor: float = 0.5e-3,
