@@ -250,7 +250,7 @@ class Limits:
     """The largest peak."""
 
 
-FULL = Limits(rounds=7, call_seconds=0.4, point_seconds=1.5, check_seconds=1.0, bytes=4 * _GIB)
+FULL = Limits(rounds=7, call_seconds=0.6, point_seconds=1.5, check_seconds=1.0, bytes=4 * _GIB)
 QUICK = Limits(rounds=3, call_seconds=0.05, point_seconds=0.3, check_seconds=0.2, bytes=_GIB)
 
 
