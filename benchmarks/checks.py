@@ -72,7 +72,7 @@ def require_same_function(
         Incomparable: The peer says that nothing can be compared.
     """
     wide, same = _expected(case, dtype, device)
-    inputs = case_inputs(case, dtype, device)
+    inputs = same_inputs(case, dtype, device)
     if direction == "forward":
         with torch.no_grad():
             outputs, gradients = run(inputs), {}
@@ -90,17 +90,23 @@ def require_same_function(
 
 
 @functools.lru_cache(maxsize=1)
+def same_inputs(case: Case, dtype: torch.dtype, device: str) -> Inputs:
+    """The case's inputs, drawn once for all who only read them."""
+    return case_inputs(case, dtype, device)
+
+
+@functools.lru_cache(maxsize=1)
 def _expected(
     case: Case, dtype: torch.dtype, device: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return oracle_and_reference(case, case_inputs(case, dtype, device))
+    return oracle_and_reference(case, same_inputs(case, dtype, device))
 
 
 @functools.lru_cache(maxsize=8)
 def _ours(
     case: Case, backend: str | None, dtype: torch.dtype, device: str
 ) -> tuple[Comparison, ...]:
-    actual = run_case(case, case_inputs(case, dtype, device), backend)
+    actual = run_case(case, same_inputs(case, dtype, device), backend)
     wide, same = _expected(case, dtype, device)
     return tuple(compare(name, actual[name], wide[name], same[name]) for name in actual)
 

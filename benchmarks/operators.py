@@ -24,7 +24,7 @@ from torch import Tensor
 from fused_attn.ops._cases import Case, Direction, Roof
 from fused_attn.validation import OPS, case_inputs, fused_backends, op_cases
 
-from .checks import require_correct, require_same_function
+from .checks import require_correct, require_same_function, same_inputs
 from .peers import Incomparable, Run, peers_of
 from .results import Row, Writer, describe, writer
 from .roofs import copy_of, measure_roof, to_row
@@ -33,8 +33,6 @@ from .timing import Call, Times, interleaved, peak_bytes, ratio, summary
 OURS = ("fused_attn", "triton", "cuda", "cpu")
 """Providers that are this library: its own choice, or a backend by name."""
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "forward+backward")
-QUICK_CASES = 2
-"""Of each op, in the quick setting."""
 # On a GPU, inputs that take turns: another call's lines in the cache are then no help.
 _INPUT_SETS = 2
 
@@ -48,7 +46,13 @@ def benchmark_cases(op: str, device: str = "cpu", quick: bool = False) -> list[C
     large = [case for case in cases if case.gpu_only]
     if not (device == "cuda" and large):
         large = [case for case in cases if not case.gpu_only]
-    return large[: QUICK_CASES if quick else None]
+    return [case for case in large if not quick or is_quick(case, device)]
+
+
+def is_quick(case: Case, device: str = "cpu") -> bool:
+    """Whether the quick setting has the case: the first and the last of its op, which differ."""
+    cases = benchmark_cases(case.op, device)
+    return case in (cases[0], cases[-1])
 
 
 def directions(case: Case) -> tuple[Direction, ...]:
@@ -133,8 +137,11 @@ def measure(
     rows: list[Row] = []
     calls: dict[str, list[Call]] = {}
     beside: dict[str, Row] = {}
-    sets = _INPUT_SETS if device == "cuda" else 1
-    inputs = [case_inputs(case, dtype, device) for _ in range(sets)]
+    others = _INPUT_SETS - 1 if device == "cuda" else 0
+    inputs = [
+        same_inputs(case, dtype, device),
+        *(case_inputs(case, dtype, device) for _ in range(others)),
+    ]
     peers = peers_of(case.op, device)
     for name, prepare in _providers(case, dtype, device, direction, only).items():
         try:
@@ -271,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, help="turns of each (15; quick: 5)")
     parser.add_argument("--threads", type=int, help="default: torch's own")
-    parser.add_argument("--quick", action="store_true", help="the first two cases of each op")
+    parser.add_argument("--quick", action="store_true", help="two cases of each op")
     parser.add_argument(
         "--out", type=Path, help="folder or .jsonl file; default: results/<device>/"
     )
