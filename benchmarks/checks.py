@@ -15,7 +15,7 @@ from fused_attn.ops._cases import Case, Direction
 from fused_attn.validation import (
     Comparison,
     case_inputs,
-    compare,
+    compare_results,
     oracle_and_reference,
     run_case,
     run_function,
@@ -69,7 +69,7 @@ def require_same_function(
 
     Raises:
         AssertionError: It computes something else.
-        Incomparable: The peer says that nothing can be compared.
+        IncomparableError: The peer says that nothing can be compared.
     """
     wide, same = _expected(case, dtype, device)
     inputs = same_inputs(case, dtype, device)
@@ -81,7 +81,7 @@ def require_same_function(
     found = dict(peer.comparable(case, inputs, outputs))
     if _outputs(wide) == found.keys():
         found |= gradients
-    comparisons = [compare(name, found[name], wide[name], same[name]) for name in found]
+    comparisons = compare_results(case, inputs, found, wide, same)
     agreement = _worst(comparisons)
     if agreement.share > PEER_BUDGETS:
         wrong = "; ".join(str(c) for c in comparisons if c.share > PEER_BUDGETS)
@@ -106,9 +106,9 @@ def _expected(
 def _ours(
     case: Case, backend: str | None, dtype: torch.dtype, device: str
 ) -> tuple[Comparison, ...]:
-    actual = run_case(case, same_inputs(case, dtype, device), backend)
-    wide, same = _expected(case, dtype, device)
-    return tuple(compare(name, actual[name], wide[name], same[name]) for name in actual)
+    inputs = same_inputs(case, dtype, device)
+    actual = run_case(case, inputs, backend)
+    return tuple(compare_results(case, inputs, actual, *_expected(case, dtype, device)))
 
 
 def _outputs(results: Inputs) -> set[str]:

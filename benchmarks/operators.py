@@ -2,8 +2,8 @@
 
 The cases are those of kind ``benchmark`` in each op's ``cases.py``. Ours is checked against the
 fp64 oracle before it is timed: a wrong kernel gets no time, and neither does a peer that computes
-something else. Rows go to the results (`benchmarks.results`), and a line each to the screen: a ratio
-above 1 means that ours is faster.
+something else. Rows go to the results (`benchmarks.results`), and a line each to the screen: a
+ratio above 1 means that ours is faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fused_attn.ops._cases import Case, Direction, Roof
 from fused_attn.validation import OPS, case_inputs, fused_backends, op_cases
 
 from .checks import require_correct, require_same_function, same_inputs
-from .peers import Incomparable, Run, peers_of
+from .peers import IncomparableError, Run, peers_of
 from .results import Row, Writer, describe, writer
 from .roofs import copy_of, measure_roof, to_row
 from .timing import Call, Times, interleaved, peak_bytes, ratio, summary
@@ -222,7 +222,7 @@ def _providers(
             try:
                 agreement = require_same_function(case, peer, run, dtype, device, direction)
                 made.agreements[passes] = {"error": agreement.error}
-            except Incomparable as reason:
+            except IncomparableError as reason:
                 made.agreements[passes] = {"unchecked": str(reason)}
         return run, dict(made.agreements[passes])
 

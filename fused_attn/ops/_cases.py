@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -55,6 +55,18 @@ class Roof:
         return flops / self.products.get(dtype, max(self.products.values()))
 
 
+@dataclass(frozen=True)
+class Part:
+    """A call on some of the inputs whose results are some of the whole call's."""
+
+    inputs: dict[str, Any]
+    """Of the part."""
+    output_shapes: tuple[tuple[int, ...], ...]
+    """Of the whole call's outputs."""
+    select: Callable[[Tensor], Tensor]
+    """From an output, cotangent or gradient of the whole call to the part's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case(abc.ABC):
     """A call of an op's public function, made from a seed."""
@@ -93,6 +105,13 @@ class Case(abc.ABC):
     ) -> dict[str, Tensor]:
         """Floating-point tensors, by name, that must agree with the oracle's within the budget."""
         return {f"output_{i}": output for i, output in enumerate(outputs)}
+
+    def part(self, inputs: Mapping[str, Any]) -> Part | None:
+        """Of a call too large for the oracle, a part that does not depend on the rest.
+
+        None: the oracle can have the whole.
+        """
+        return None
 
     def flops(self, backward: bool = False) -> int:
         """Floating-point operations of the forward, or of the backward alone."""

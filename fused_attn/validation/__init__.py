@@ -1,6 +1,13 @@
 """Checks every backend against the fp64 oracle on the machine at hand."""
 
-from .oracle import case_inputs, check_case, oracle_and_reference, run_case, run_function
+from .oracle import (
+    case_inputs,
+    check_case,
+    compare_results,
+    oracle_and_reference,
+    run_case,
+    run_function,
+)
 from .runner import OPS, Row, fused_backends, op_backends, op_cases, validate
 from .tolerance import Comparison, compare
 
@@ -11,6 +18,7 @@ __all__ = [
     "case_inputs",
     "check_case",
     "compare",
+    "compare_results",
     "fused_backends",
     "op_backends",
     "op_cases",

@@ -1,4 +1,4 @@
-"""What `benchmarks.operators` measures of an op: who is checked, timed, refused, and in which order."""
+"""What `benchmarks.operators` measures of an op: who is checked, timed and refused."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def test_a_peer_may_round_more_often_but_not_be_another_function(doubling: Doubl
 
     def check(peer: Peer) -> checks.Agreement:
         run = peer.make(THOUSAND)
-        return checks.require_same_function(
-            THOUSAND, peer, run, torch.float32, "cpu", "forward"
-        )
+        return checks.require_same_function(THOUSAND, peer, run, torch.float32, "cpu", "forward")
 
     assert check(off_by(1e-6)).error == pytest.approx(5e-7, rel=0.2)
     with pytest.raises(AssertionError, match="something else: output_0: max error"):

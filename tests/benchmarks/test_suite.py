@@ -88,7 +88,9 @@ def test_a_strangers_run(folder: Path) -> None:
         assert benchmark["stats"]["median"] * 1e3 == pytest.approx(row["p50_ms"])
         assert benchmark["stats"]["rounds"] == 2
 
-    again = run(folder, "--quick", *plain, "-k", "thousand and forward-eager", "--benchmark-compare")
+    again = run(
+        folder, "--quick", *plain, "-k", "thousand and forward-eager", "--benchmark-compare"
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "(0001_" in again.stdout  # the saved run beside this one
 

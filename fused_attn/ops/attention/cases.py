@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._cases import Case, Inputs, columns_first, heads_last, large_logits, shared_keys
+from .._cases import Case, Inputs, Part, columns_first, heads_last, large_logits, shared_keys
 from .api import attention
 from .arguments import window_bounds
 from .block_mask import BLOCK, BlockMask
+
+# Pairs of all heads: the reference in fp64, with its gradient, holds several numbers a pair.
+_LARGEST_REFERENCE = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,35 @@ class AttentionCase(Case):
             return (output,)
         output, lse = attention(**inputs, return_lse=True, backend=backend)
         return output, lse
+
+    def part(self, inputs: Mapping[str, Any]) -> Part | None:
+        """The last head of the last sentence, where the reference would need too much memory.
+
+        It is where addresses are largest.
+        """
+        if self.B * self.H * self.T * self.S <= _LARGEST_REFERENCE:
+            return None
+        by_head = (self.bias_shape, self.sparse_tiles, self.grouped_heads != self.H, self.alibi)
+        mask = inputs.get("mask")
+        if (
+            any(by_head)
+            or self.packed
+            or self.dropout_p > 0.0
+            or (mask is not None and mask.dim() > 2)
+        ):
+            raise NotImplementedError(f"{self.name}: too large for the reference")
+
+        def select(tensor: Tensor) -> Tensor:
+            return tensor[-1:, -1:]
+
+        chosen = dict(inputs)
+        for name in ("query", "key", "value"):
+            chosen[name] = select(inputs[name])
+        for name in ("query_lengths", "key_lengths"):
+            if name in inputs:
+                chosen[name] = inputs[name][-1:]
+        rows = (self.B, self.H, self.T)
+        return Part(chosen, ((*rows, self.value_size), rows), select)
 
     def pairs(self) -> int:
         """Pairs of a query and a key that take part."""
