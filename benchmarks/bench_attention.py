@@ -232,7 +232,7 @@ def within_lengths(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...]) -> d
     """The output with 0 in rows behind the query lengths, where a peer has anything.
 
     Raises:
-        Incomparable: There is dropout.
+        IncomparableError: There is dropout.
     """
     found = unless_dropout(case, inputs, outputs)
     lengths = inputs.get("query_lengths")

@@ -58,9 +58,7 @@ def onnx_runtime(case: Case) -> Run:
             raise NotImplementedError("ONNX Runtime has a kernel of bias and GELU alone")
         output = torch.empty_like(inputs["x"])
         node = Node(op, ["x", "bias"], ["output"], MICROSOFT)
-        call = graph_call(
-            [node], {"x": inputs["x"]}, {"output": output}, {"bias": inputs["bias"]}
-        )
+        call = graph_call([node], {"x": inputs["x"]}, {"output": output}, {"bias": inputs["bias"]})
 
         def run() -> tuple[Tensor, ...]:
             call()

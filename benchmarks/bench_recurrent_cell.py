@@ -1,7 +1,7 @@
 """A recurrent layer's step after its products, beside PyTorch.
 
-``eager`` is PyTorch's own composition, as ``torch.nn.LSTMCell``, ``GRUCell`` and ``RNNCell`` make it
-on a CPU after their products; ``fused_cell`` the kernels that they have on a GPU.
+``eager`` is PyTorch's own composition, as ``torch.nn.LSTMCell``, ``GRUCell`` and ``RNNCell`` make
+it on a CPU after their products; ``fused_cell`` the kernels that they have on a GPU.
 """
 
 from __future__ import annotations

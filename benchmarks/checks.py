@@ -69,7 +69,7 @@ def require_same_function(
 
     Raises:
         AssertionError: It computes something else.
-        Incomparable: The peer says that nothing can be compared.
+        IncomparableError: The peer says that nothing can be compared.
     """
     wide, same = _expected(case, dtype, device)
     inputs = inputs_of(case, dtype, device)

@@ -19,7 +19,7 @@ _SESSION = pytest.StashKey[Session]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused_attn benchmarks")
-    group.addoption("--quick", action="store_true", help="the first two cases of each op, 5 rounds")
+    group.addoption("--quick", action="store_true", help="two cases of each op, 5 turns")
     group.addoption("--turns", type=int, help="turns of each provider (15; quick: 5)")
     group.addoption("--out", type=Path, help="folder of the results; default: results/<device>/")
 

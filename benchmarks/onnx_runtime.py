@@ -68,9 +68,7 @@ def graph_call(
         [numpy_helper.from_array(tensor.numpy(), n) for n, tensor in (constants or {}).items()],
     )
     domains = [helper.make_opsetid("", _OPSET), helper.make_opsetid(MICROSOFT, 1)]
-    model: onnx.ModelProto = helper.make_model(
-        graph, opset_imports=domains, ir_version=_IR_VERSION
-    )
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=domains, ir_version=_IR_VERSION)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3

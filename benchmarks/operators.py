@@ -27,7 +27,7 @@ from fused_attn.validation import OPS, fused_backends, op_cases
 
 from . import checks
 from .checks import inputs_of, require_correct, require_same_function
-from .peers import Incomparable, Run, peers_of
+from .peers import IncomparableError, Run, peers_of
 from .results import Row, Writer, describe, writer
 from .roofs import copy_of, measure_roof, to_row
 from .timing import Call, Times, interleaved, on_side_stream, peak_bytes, ratio, summary
@@ -35,8 +35,6 @@ from .timing import Call, Times, interleaved, on_side_stream, peak_bytes, ratio,
 OURS = ("fused_attn", "triton", "cuda", "cpu")
 """Providers that are this library: its own choice, or a backend by name."""
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "forward+backward")
-QUICK_CASES = 2
-"""Of each op, in the quick setting."""
 # On a GPU, inputs that take turns: another call's lines in the cache are then no help.
 _INPUT_SETS = 2
 
@@ -59,7 +57,13 @@ def benchmark_cases(op: str, device: str = "cpu", quick: bool = False) -> list[C
     large = [case for case in cases if case.gpu_only]
     if not (device == "cuda" and large):
         large = [case for case in cases if not case.gpu_only]
-    return large[: QUICK_CASES if quick else None]
+    return [case for case in large if not quick or is_quick(case, device)]
+
+
+def is_quick(case: Case, device: str = "cpu") -> bool:
+    """Whether the quick setting has the case: the first and the last of its op, which differ."""
+    cases = benchmark_cases(case.op, device)
+    return case in (cases[0], cases[-1])
 
 
 def directions(case: Case) -> tuple[Direction, ...]:
@@ -315,7 +319,7 @@ def _providers(
                 try:
                     agreement = require_same_function(case, peer, run, dtype, device, direction)
                     made.agreements[passes] = {"error": agreement.error}
-                except Incomparable as reason:
+                except IncomparableError as reason:
                     made.agreements[passes] = {"unchecked": str(reason)}
             return made.agreements[passes]
 

@@ -24,7 +24,7 @@ Run = Callable[[Inputs], tuple[Tensor, ...]]
 """Computes a case's outputs from its inputs."""
 
 
-class Incomparable(Exception):
+class IncomparableError(Exception):
     """What a peer computes cannot be compared with the oracle's; the message says why."""
 
 
@@ -37,10 +37,10 @@ def unless_dropout(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...]) -> d
     """Likewise where nothing is dropped: a peer drops other elements, of numbers of its own.
 
     Raises:
-        Incomparable: There is dropout.
+        IncomparableError: There is dropout.
     """
     if inputs.get("dropout_p", 0.0) > 0.0:
-        raise Incomparable("drops other elements than the oracle")
+        raise IncomparableError("drops other elements than the oracle")
     return same_outputs(case, inputs, outputs)
 
 
@@ -59,7 +59,7 @@ class Peer:
     differentiable: bool = True
     comparable: Callable[[Case, Inputs, tuple[Tensor, ...]], dict[str, Tensor]] = same_outputs
     """By the names of `Case.comparable`, what must be as the oracle has it; raises
-    :class:`Incomparable` where nothing can be."""
+    :class:`IncomparableError` where nothing can be."""
     uses_torch_memory: bool = True
     """Its tensors are torch's, so that what it holds can be told."""
 
@@ -89,7 +89,7 @@ def bound(make: Callable[[Case], Run], about: str) -> Peer:
     """
 
     def another(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        raise Incomparable("is a part of the work, for a bound")
+        raise IncomparableError("is a part of the work, for a bound")
 
     return Peer(make, about, comparable=another)
 

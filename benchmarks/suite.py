@@ -54,13 +54,13 @@ def parametrize(op: str) -> pytest.MarkDecorator:
 
 def _rows(op: str) -> Iterator[Any]:
     ours = operators.our_providers(op, DEVICE)
-    for number, case in enumerate(operators.benchmark_cases(op, DEVICE)):
+    for case in operators.benchmark_cases(op, DEVICE):
         for dtype in operators.timed_dtypes(case, DEVICE):
             label = str(dtype).removeprefix("torch.")
             for direction in operators.directions(case):
                 group = f"{op} {case.name} {label} {direction}"
                 marks = [pytest.mark.benchmark(timer=CLOCK, group=group)]
-                if number >= operators.QUICK_CASES:
+                if not operators.is_quick(case, DEVICE):
                     marks.append(pytest.mark.full)
                 for provider in (*ours, *peers_of(op, DEVICE)):
                     yield pytest.param(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import Incomparable, Inputs, Peer, Run
+from benchmarks.peers import IncomparableError, Inputs, Peer, Run
 from fused_attn.ops._cases import Case, Roof
 
 ROOF = Roof(((1 << 10, 1e-6), (1 << 20, 1e-3)), {torch.float32: 1e12})
@@ -78,7 +78,7 @@ def raising(case: Case) -> Run:
 
 
 def nothing_to_compare(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...]) -> Any:
-    raise Incomparable("doubles another tensor")
+    raise IncomparableError("doubles another tensor")
 
 
 PEERS = {

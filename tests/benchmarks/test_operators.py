@@ -1,4 +1,4 @@
-"""What `benchmarks.operators` measures of an op: who is checked, timed, refused, and in which order."""
+"""What `benchmarks.operators` measures of an op: who is checked, timed and refused."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def test_a_peer_may_round_more_often_but_not_be_another_function(doubling: Doubl
 
     def check(peer: Peer) -> checks.Agreement:
         run = peer.make(THOUSAND)
-        return checks.require_same_function(
-            THOUSAND, peer, run, torch.float32, "cpu", "forward"
-        )
+        return checks.require_same_function(THOUSAND, peer, run, torch.float32, "cpu", "forward")
 
     assert check(off_by(1e-6)).error == pytest.approx(5e-7, rel=0.2)
     with pytest.raises(AssertionError, match="something else: output_0: max error"):
@@ -143,7 +141,7 @@ def test_the_backward_alone_repeats_on_one_graph(doubling: Doubling) -> None:
 def test_cases_by_device_and_setting(doubling: Doubling) -> None:
     thousand, again, rarely, large = CASES[1:]
     assert benchmark_cases("doubling") == [thousand, again, rarely]
-    assert benchmark_cases("doubling", quick=True) == [thousand, again]
+    assert benchmark_cases("doubling", quick=True) == [thousand, rarely]
     assert benchmark_cases("doubling", "cuda") == [large]
     assert operators.timed_dtypes(thousand, "cpu") == [torch.float32]
     assert operators.timed_dtypes(thousand, "cuda") == [torch.float32, torch.bfloat16]

@@ -263,10 +263,10 @@ CASES: tuple[BiasActivationDropoutCase, ...] = (
     _edge("mostly_dropped", (5,), 70, dropout_p=0.95, activation="gelu"),
     _benchmark(4096, 2048, "relu", dropout_p=0.1),
     _benchmark(2048, 4096, "relu", dropout_p=0.1),
-    _benchmark(4096, 2048, "gelu"),
     _benchmark(4096, 2048, "gelu", dropout_p=0.1),
     _benchmark(4096, 1376, "silu", gated=True),
     _benchmark(64, 2048, "relu", dropout_p=0.1),
+    _benchmark(4096, 2048, "gelu"),
     *(
         _benchmark(16384, width, "gelu", dropout_p=0.1, gpu_only=True, dtypes=(torch.bfloat16,))
         for width in (4096, 8192)
