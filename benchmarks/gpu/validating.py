@@ -28,7 +28,7 @@ from .timed import operator_tasks
 PREPARING = 4
 MEMORY = {"validate": 0.015, "prepare": 0.18}
 """Of the GPU's memory, what a process may have."""
-PREPARE_SECONDS = 2 * CASE_SECONDS
+PREPARE_SECONDS = 120.0
 """A case's peers are compiled with it."""
 DEATHS_ALLOWED = 8
 """How many processes a backend may end before it is left out of the rest of its op: each costs
