@@ -16,7 +16,7 @@ help:
 	@echo "make demo      install, validate, benchmark, train and translate (5 minutes)"
 	@echo "make test      install and run the tests"
 	@echo "make lint      ruff, mypy, clang-format"
-	@echo "make docs      draw the pictures of docs/attention.md"
+	@echo "make docs      draw the pictures of docs, and its tables of results"
 	@echo "make validate  check every kernel against its reference on this machine"
 	@echo "make bench     the benchmarks, beside PyTorch"
 	@echo "make gpu       build, validate, test and benchmark on a CUDA GPU"
@@ -64,6 +64,7 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python -m benchmarks.report
 
 validate: $(READY)
 	$(BIN)/fused-attn validate

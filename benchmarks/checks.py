@@ -73,10 +73,14 @@ def require_same_function(
     """
     wide, same = _expected(case, dtype, device)
     inputs = inputs_of(case, dtype, device)
-    with torch.no_grad():
-        found = dict(peer.comparable(case, inputs, run(inputs)))
-    if direction != "forward" and _outputs(wide) == found.keys():
-        found |= run_function(case, inputs, run)[1]
+    if direction == "forward":
+        with torch.no_grad():
+            outputs, gradients = run(inputs), {}
+    else:
+        outputs, gradients = run_function(case, inputs, run)
+    found = dict(peer.comparable(case, inputs, outputs))
+    if _outputs(wide) == found.keys():
+        found |= gradients
     comparisons = [compare(name, found[name], wide[name], same[name]) for name in found]
     agreement = _worst(comparisons)
     if agreement.share > PEER_BUDGETS:

@@ -9,7 +9,7 @@ from typing import Any
 from .operators import OURS
 from .results import IDENTITY, Row, Run
 
-YARDSTICKS = ("copy", "sum")
+YARDSTICKS = ("copy", "sum", "cross_entropy")
 """Providers that do less than a case asks for: what its data alone take, and no peers."""
 TIMED = ("operators", "models", "scaling")
 """Suites whose rows are times of providers."""
@@ -78,9 +78,7 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
     return list(found.values())
 
 
-def newest_rows(
-    runs: Sequence[Run], suite: str, **wanted: str
-) -> tuple[Run, list[Row]] | None:
+def newest_rows(runs: Sequence[Run], suite: str, **wanted: str) -> tuple[Run, list[Row]] | None:
     """Of a device's runs, the newest that has rows of a suite, and these.
 
     Args:

@@ -24,7 +24,12 @@ PEER_NAMES = {
     "sdpa_flash": "SDPA's FlashAttention",
     "sdpa_cudnn": "SDPA's cuDNN",
     "sdpa_efficient": "SDPA's efficient",
+    "sdpa_shared": "SDPA, beams shared",
     "flex": "FlexAttention",
+    "fused_cell": "PyTorch's fused cell",
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime_flash": "ONNX Runtime, flash",
+    "liger": "Liger",
     "torch": "torch.nn",
     "torch_compile": "torch.compile",
     "torch_packed": "torch.nn, packed",
@@ -33,6 +38,15 @@ PEER_NAMES = {
     "ctranslate2": "CTranslate2",
 }
 """Of providers, as pictures call them; others by their own name."""
+
+
+FAMILIES = {
+    "attention": "forward + backward",
+    "layers": "forward + backward",
+    "decoding": "one step",
+    "whole models": "",
+}
+"""Of the first picture, and what of them was timed."""
 
 
 class Main(NamedTuple):
@@ -81,7 +95,7 @@ MAIN = (
         "forward",
     ),
 )
-"""Ordinary sizes of every op, the same on all devices of a kind; trained where it has a gradient."""
+"""Ordinary sizes of every op; both directions where it has a gradient."""
 MODELS = {
     ("transformer", "training_step"): "Transformer, training",
     ("rnn", "training_step"): "RNN Seq2Seq, training",
@@ -139,7 +153,7 @@ def _headline_row(family: str, label: str, one: Comparison) -> Data:
         for name, row in one.peers.items()
     ]
     peers.sort(key=lambda peer: peer["times"])
-    return {"family": family, "label": label, "peers": peers}
+    return {"family": family, "about": FAMILIES[family], "label": label, "peers": peers}
 
 
 def _times_as_long(row: Row, ours: Row, one: Comparison) -> float:
@@ -154,6 +168,11 @@ def _half_first(known: Iterable[Comparison]) -> list[Comparison]:
     return sorted(known, key=lambda one: one.what["dtype"] == "float32")
 
 
+def _longest(known: Iterable[Comparison]) -> list[Comparison]:
+    """Of each case and dtype both directions together, or the only one that there is."""
+    return list({(c.what["case"], c.what["dtype"]): c for c in known}.values())
+
+
 def roofline(runs: Sequence[Run]) -> Data | None:
     """Operations a byte and operations a second of each case, ours and its best peer's."""
     found = newest_rows(runs, "roof")
@@ -163,7 +182,7 @@ def roofline(runs: Sequence[Run]) -> Data | None:
     ops: dict[str, list[Data]] = {}
     seen = dict.fromkeys(row["op"] for run in runs for row in run.suite("operators"))
     for op in seen:
-        for one in _known(runs, "operators", op=op):
+        for one in _longest(_known(runs, "operators", op=op)):
             ours, peer = one.fastest, one.best_peer
             assert ours is not None
             assert peer is not None
@@ -171,7 +190,6 @@ def roofline(runs: Sequence[Run]) -> Data | None:
                 continue
             point = {
                 "case": one.what["case"],
-                "direction": one.what["direction"],
                 "dtype": one.what["dtype"],
                 "intensity": ours["flop"] / ours["bytes"],
                 "ours": ours["flop"] / ours["p50_ms"] * 1e3,

@@ -1,13 +1,15 @@
 """Draws the pictures of the results, in one style, from the data of `benchmarks.figures`.
 
-Backgrounds are transparent and greys are in the middle, so a picture can be read on a white and on a
-dark page. The files are the same to the byte for the same data and the same matplotlib.
+Backgrounds are transparent and greys are in the middle, so a picture can be read on a white and on
+a dark page. The files are the same to the byte for the same data and the same matplotlib.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,30 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.text import Text
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    MultipleLocator,
+    NullLocator,
+)
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .comparisons import is_ours
 from .figures import ENDINGS, PEER_NAMES, Data, stamp
 
 TEXT, FAINT = "#7a8490", "#8b949e"
-OURS, PALE, WORSE = "#2f7fd8", "#9cc3ee", "#d07a54"
+OURS, PALE, WORSE = "#2f7fd8", "#86b4e8", "#d07a54"
 PEERS = ("#c9973f", "#3f9c86", "#a97bb5", "#c96f7d", "#8f8f5a")
 """Of peers in the order in which they come; told apart by their lightness too."""
 _MARKERS = "DsP^v"
+_CACHED = 1.2
+"""Times as fast as memory, from which a cache has a line of its own."""
 _WIDTH = 8.4
+_GAP = 0.02
 _DPI = 192
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -68,18 +83,38 @@ def save(kind: str, data: Data, path: Path) -> list[Path]:
         The files that were not there, or were another picture.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    changed = []
     with matplotlib.rc_context(_STYLE):
         figure = _KINDS[kind](data)
-        for ending in ENDINGS:
-            target = path.with_name(f"{path.name}.{ending}")
-            before = target.read_bytes() if target.exists() else b""
-            metadata: dict[str, Any] = {"Description": stamp(data)}
-            metadata |= {"Date": None, "Creator": None} if ending == "svg" else {"Software": None}
-            figure.savefig(target, dpi=_DPI, transparent=True, metadata=metadata)
-            changed += [target] if target.read_bytes() != before else []
+        contents = {"svg": _svg(figure, stamp(data)), "png": _png(figure, stamp(data))}
         pyplot.close(figure)
+    changed = []
+    for ending in ENDINGS:
+        target = path.with_name(f"{path.name}.{ending}")
+        if not target.exists() or target.read_bytes() != contents[ending]:
+            target.write_bytes(contents[ending])
+            changed.append(target)
     return changed
+
+
+def _svg(figure: Figure, description: str) -> bytes:
+    """With two decimals, which are more than anybody sees, and without indentation."""
+    into = io.BytesIO()
+    metadata = {"Description": description, "Date": None, "Creator": None}
+    figure.savefig(into, format="svg", transparent=True, metadata=metadata)
+    text = re.sub(r"(?<=\d)\.(\d\d)\d+", r".\1", into.getvalue().decode())
+    text = re.sub(r" *\n(?=[MLQCz\"])| *<!--.*?-->", "", text)
+    return re.sub(r"\n\s+", "\n", text).encode()
+
+
+def _png(figure: Figure, description: str) -> bytes:
+    """With a palette, which takes a third of the bytes."""
+    drawn, into = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DPI, transparent=True)
+    about = PngInfo()
+    about.add_text("Description", description)
+    image = Image.open(drawn).quantize(128, method=Image.Quantize.FASTOCTREE)
+    image.save(into, format="png", optimize=True, pnginfo=about)
+    return into.getvalue()
 
 
 # --- how many times as fast ----------------------------------------------------------------------
@@ -88,16 +123,18 @@ def save(kind: str, data: Data, path: Path) -> list[Path]:
 def headline(data: Data) -> Figure:
     """A bar a case: dark to the fastest peer, pale to the slowest, on a logarithmic axis."""
     rows = data["rows"]
-    places, y, family = [], 0.0, rows[0]["family"]
-    for row in rows:
-        y += 0.55 * (row["family"] != family)
-        family = row["family"]
+    families = [row["family"] for row in rows]
+    places, y = [], 0.0
+    for i, family in enumerate(families):
+        if i and family != families[i - 1]:
+            # What is said below a family's name needs a line.
+            y += 0.55 if families.count(families[i - 1]) > 1 else 1.3
         places.append(y)
         y += 1.0
     height = 0.235 * y + 0.95
     figure = pyplot.figure(figsize=(_WIDTH, height))
     bottom, top = 0.36 / height, 1 - 0.56 / height
-    axes = figure.add_axes((0.225, bottom, 0.37, top - bottom))
+    axes = figure.add_axes((0.30, bottom, 0.34, top - bottom))
     times = [peer["times"] for row in rows for peer in row["peers"]]
     axes.set_xscale("log")
     axes.set_xlim(min(0.8, *times) / 1.05, max(2.0, *times) * 1.1)
@@ -109,8 +146,8 @@ def headline(data: Data) -> Figure:
         axes.barh(place, best - 1, left=1, height=0.72, color=OURS if best >= 1 else WORSE)
         for value in values[1:-1]:
             axes.plot([value] * 2, [place - 0.36, place + 0.36], color="white", linewidth=0.8)
-        words = [f"{_times(peer['times'])} {peer['name']}" for peer in row["peers"]]
-        _beside(axes, place, words)
+        shown = [row["peers"][0], *row["peers"][1:][-1:]]
+        _beside(axes, place, [f"{_times(peer['times'])} {peer['name']}" for peer in shown])
     _families(axes, places, rows)
     axes.axvline(1, color=TEXT, linewidth=1.0)
     axes.xaxis.set_major_locator(FixedLocator([0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200]))
@@ -121,11 +158,9 @@ def headline(data: Data) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", length=2)
-    figure.text(0.012, 1 - 0.2 / height, "Times as fast as others", weight="bold", size=10.5)
-    figure.text(0.012, 1 - 0.41 / height, data["device"], color=FAINT)
-    _legend(
-        figure, 0.225, 1 - 0.41 / height, [("■ the fastest other", OURS), ("■ the slowest", PALE)]
-    )
+    names = [("■ the fastest other", OURS), ("■ the slowest other", PALE), ("■ slower", WORSE)]
+    names = names if min(times) < 1 else names[:2]
+    _title(figure, "fused_attn: how many times as fast as others", data["device"], 0.30, names)
     return figure
 
 
@@ -133,19 +168,19 @@ def _beside(axes: Axes, y: float, words: Sequence[str]) -> None:
     place = {"xy": (1.0, y), "xycoords": ("axes fraction", "data"), "va": "center"}
     offset = {"textcoords": "offset points"}
     axes.annotate(words[0], xytext=(8, 0), weight="bold", size=7.5, **place, **offset)
-    if words[1:]:
-        text = " · ".join(words[1:])
-        axes.annotate(text, xytext=(112, 0), size=7.0, color=FAINT, **place, **offset)
+    for word in words[1:]:
+        axes.annotate(word, xytext=(108, 0), size=7.0, color=FAINT, **place, **offset)
 
 
 def _families(axes: Axes, places: Sequence[float], rows: Sequence[Data]) -> None:
     axes.set_yticks(places, [row["label"] for row in rows])
-    first: dict[str, float] = {}
+    left = {"xycoords": ("figure fraction", "data"), "va": "center", "annotation_clip": False}
+    seen: set[str] = set()
     for place, row in zip(places, rows, strict=True):
-        first.setdefault(row["family"], place)
-    for family, place in first.items():
-        where = axes.get_yaxis_transform()
-        axes.text(-0.575, place, family, transform=where, va="center", weight="bold", size=7.5)
+        if row["family"] not in seen:
+            seen.add(row["family"])
+            axes.annotate(row["family"], xy=(0.012, place), weight="bold", **left)
+            axes.annotate(row["about"], xy=(0.012, place + 1), size=7, color=FAINT, **left)
 
 
 # --- roofline ------------------------------------------------------------------------------------
@@ -156,7 +191,7 @@ def roofline(data: Data) -> Figure:
     ops = data["ops"]
     columns = min(4, len(ops))
     lines = math.ceil(len(ops) / columns)
-    height = 1.95 * lines + 0.75
+    height = 1.95 * lines + 0.8
     figure, grid = pyplot.subplots(
         lines, columns, figsize=(_WIDTH, height), sharex=True, sharey=True, squeeze=False
     )
@@ -167,41 +202,29 @@ def roofline(data: Data) -> Figure:
     least = min(min(point["ours"], point["peer"]) for point in points) / 2
     for axes, (op, some) in zip(grid.flat, ops.items(), strict=False):
         _roof(axes, data, low, high)
-        for point in some:
-            x = point["intensity"]
-            axes.plot([x, x], [point["peer"], point["ours"]], color=FAINT, linewidth=0.5, zorder=2)
-            axes.plot(x, point["peer"], _SHAPES[point["direction"]], markersize=4, zorder=3,
-                      markerfacecolor="none", markeredgecolor=PEERS[0], markeredgewidth=0.9)  # fmt: skip
-            axes.plot(x, point["ours"], _SHAPES[point["direction"]], markersize=4, zorder=4,
-                      color=OURS, markeredgewidth=0)  # fmt: skip
+        xs, ours, theirs = ([p[name] for p in some] for name in ("intensity", "ours", "peer"))
+        axes.vlines(xs, theirs, ours, color=FAINT, linewidth=0.4, zorder=2)
+        hollow = {"markerfacecolor": "none", "markeredgecolor": PEERS[0]}
+        axes.plot(xs, theirs, "o", markersize=4, zorder=3, **hollow)
+        axes.plot(xs, ours, "o", markersize=4, zorder=4, color=OURS)
         axes.set_title(op.replace("_", " "))
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(least, peak * 3))
         axes.grid()
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _rate(value)))
+        axes.xaxis.set_major_locator(LogLocator(numticks=5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for axes in list(grid.flat)[len(ops) :]:
         axes.set_visible(False)
-    figure.subplots_adjust(
-        0.085, 0.45 / height, 0.985, 1 - 0.72 / height, wspace=0.08, hspace=0.24
-    )
+    figure.subplots_adjust(0.085, 0.45 / height, 0.985, 1 - 0.76 / height, wspace=0.08, hspace=0.24)
     figure.supxlabel("operations a byte", size=8, y=0.08 / height)
-    head = f"Under the roof: {data['device']}, FLOP/s"
-    figure.text(0.012, 1 - 0.2 / height, head, weight="bold", size=10.5)
-    _legend(
-        figure,
-        0.012,
-        1 - 0.41 / height,
-        [
-            ("● ours", OURS),
-            ("○ the fastest other", PEERS[0]),
-            ("circle: forward, triangle: backward, square: both", FAINT),
-        ],
-    )
+    dtype = max(data["products"], key=data["products"].get)
+    roof = f"— memory {_rate(data['memory'])}B/s, products in {dtype} {_rate(peak)}FLOP/s"
+    names = [("● ours", OURS), ("○ the fastest other", PEERS[0]), (roof, TEXT)]
+    if data["cache"] > _CACHED * data["memory"]:
+        names.append((f"- - cache {_rate(data['cache'])}B/s", TEXT))
+    _title(figure, "Operations a second under the roof", data["device"], 0.235, names)
     return figure
-
-
-_SHAPES = {"forward": "o", "backward": "^", "forward+backward": "s"}
 
 
 def _roof(axes: Axes, data: Data, low: float, high: float) -> None:
@@ -210,7 +233,7 @@ def _roof(axes: Axes, data: Data, low: float, high: float) -> None:
     ridge = peak / data["memory"]
     axes.plot([low, ridge, high], [low * data["memory"], peak, peak], color=TEXT, linewidth=1.1)
     ridge = peak / data["cache"]
-    if data["cache"] > 1.2 * data["memory"] and ridge > low:
+    if data["cache"] > _CACHED * data["memory"] and ridge > low:
         axes.plot([low, ridge], [low * data["cache"], peak], "--", color=TEXT, linewidth=0.8)
     for rate in data["products"].values():
         if rate < peak:
@@ -223,27 +246,26 @@ def _roof(axes: Axes, data: Data, low: float, high: float) -> None:
 def shares(data: Data) -> Figure:
     """A bar a case for ours and a mark a peer, in a panel a direction."""
     panels = data["panels"]
-    labels = list(dict.fromkeys(row["label"] for rows in panels.values() for row in rows))
+    every = [row for rows in panels.values() for row in rows]
+    labels = list(dict.fromkeys(row["label"] for row in every))
     places = {label: i for i, label in enumerate(labels)}
-    peers = list(
-        dict.fromkeys(name for rows in panels.values() for row in rows for name in row["peers"])
-    )
-    height = 0.19 * len(labels) + 1.15
+    peers = list(dict.fromkeys(name for row in every for name in row["peers"]))
+    height = 0.19 * len(labels) + 1.2
     figure, grid = pyplot.subplots(
         1, len(panels), figsize=(_WIDTH, height), sharey=True, squeeze=False
     )
-    most = max(row["ours"] for rows in panels.values() for row in rows)
+    most = max(share for row in every for share in (row["ours"], *row["peers"].values()))
     for axes, (direction, rows) in zip(grid[0], panels.items(), strict=True):
-        for row in rows:
-            y = places[row["label"]]
-            axes.barh(y, row["ours"], height=0.7, color=OURS)
-            for i, name in enumerate(peers):
-                if name in row["peers"]:
-                    axes.plot(row["peers"][name], y, _MARKERS[i % 5], color=PEERS[i % 5],
-                              markersize=4.2, markeredgecolor="white", markeredgewidth=0.4)  # fmt: skip
+        ys = [places[row["label"]] for row in rows]
+        axes.barh(ys, [row["ours"] for row in rows], height=0.7, color=OURS)
+        for i, name in enumerate(peers):
+            reached = [row["peers"].get(name, math.nan) for row in rows]
+            edge = {"markersize": 4.2, "markeredgecolor": "white", "markeredgewidth": 0.4}
+            axes.plot(reached, ys, _MARKERS[i % 5], color=PEERS[i % 5], **edge)
         axes.axvline(1, color=TEXT, linewidth=1.0)
         axes.set_title(direction.replace("+", " + "))
         axes.set_xlim(0, max(1.05, 1.05 * most))
+        axes.xaxis.set_major_locator(MaxNLocator(3) if most > 2 else MultipleLocator(0.5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set_yticks(range(len(labels)), labels)
@@ -251,16 +273,12 @@ def shares(data: Data) -> Figure:
         axes.grid(axis="x")
         axes.set_axisbelow(True)
     left = 0.02 + 0.0082 * max(len(label) for label in labels)
-    figure.subplots_adjust(left, 0.28 / height, 0.98, 1 - 0.72 / height, wspace=0.08)
-    op = data["op"].replace("_", " ")
-    figure.text(
-        0.012, 1 - 0.2 / height, f"Share of the roof: {op}, {data['device']}", weight="bold", size=10.5
-    )
+    figure.subplots_adjust(left, 0.28 / height, 0.98, 1 - 0.78 / height, wspace=0.08)
     glyphs = {"D": "◆", "s": "■", "P": "✚", "^": "▲", "v": "▼"}
-    names = [
-        (f"{glyphs[_MARKERS[i % 5]]} {name}", PEERS[i % 5]) for i, name in enumerate(peers)
-    ]
-    _legend(figure, 0.012, 1 - 0.41 / height, [("■ ours", OURS), *names])
+    names = [(f"{glyphs[_MARKERS[i % 5]]} {name}", PEERS[i % 5]) for i, name in enumerate(peers)]
+    names.insert(0, ("■ ours", OURS))
+    words = f"Share of the roof: {data['op'].replace('_', ' ')}"
+    _title(figure, words, data["device"], 0.30, names)
     return figure
 
 
@@ -273,10 +291,9 @@ def scaling(data: Data) -> Figure:
     dimensions = list(dict.fromkeys(panel["dimension"] for panel in panels))
     ways = list(dict.fromkeys((panel["direction"], panel["dtype"]) for panel in panels))
     figure_rows = [(way, what) for way in ways for what in ("time", "memory")]
-    height = 1.75 * len(figure_rows) + 0.85
-    width = min(_WIDTH, 1.0 + 2.6 * len(dimensions))
+    height = 1.5 * len(figure_rows) + 0.9
     figure, grid = pyplot.subplots(
-        len(figure_rows), len(dimensions), figsize=(width, height), squeeze=False, sharex="col",
+        len(figure_rows), len(dimensions), figsize=(_WIDTH, height), squeeze=False, sharex="col",
         sharey="row",
     )  # fmt: skip
     providers = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
@@ -295,18 +312,14 @@ def scaling(data: Data) -> Figure:
                 axes.set_xlabel(dimension, weight="bold")
             if j == 0:
                 several = f" {way[1]}" if len({dtype for _, dtype in ways}) > 1 else ""
-                axes.set_ylabel("ms" if what == "time" else "MB held")
                 axes.set_title(f"{way[0].replace('+', ' + ')}{several}, {what}", size=8)
     _size_ticks(grid, panels, dimensions)
-    figure.subplots_adjust(
-        0.62 / width, 0.45 / height, 1 - 0.12 / width, 1 - 0.8 / height, wspace=0.08, hspace=0.3
-    )
-    op = data["op"].replace("_", " ")
-    x = 0.1 / width
-    figure.text(x, 1 - 0.2 / height, f"{op}: {data['device']}", weight="bold", size=10.5)
+    figure.subplots_adjust(0.085, 0.45 / height, 0.985, 1 - 0.8 / height, wspace=0.08, hspace=0.36)
     names = [("● ours", OURS)]
     names += [(f"● {PEER_NAMES.get(name, name)}", _peer_color(others, name)) for name in others]
-    _legend(figure, x, 1 - 0.41 / height, [*names, ("- - the model", TEXT)])
+    names.append(("- - the model", TEXT))
+    words = f"{data['op'].replace('_', ' ')} as it grows"
+    _title(figure, words, data["device"], 0.30, names)
     return figure
 
 
@@ -318,16 +331,16 @@ def _lines(axes: Axes, panel: Data, what: str, others: Sequence[str]) -> None:
         style = {"color": color, "linewidth": 1.6 if ours else 1.0, "zorder": 4 if ours else 3}
         values = [point["value"] for point in points]
         if what == "time":
-            axes.plot(values, [p["p50_ms"] for p in points], "o-", markersize=2.6, **style)
-            bounds = [p["p20_ms"] for p in points], [p["p80_ms"] for p in points]
+            axes.plot(values, [p["p50_ms"] / 1e3 for p in points], "o-", markersize=2.6, **style)
+            bounds = [[p[name] / 1e3 for p in points] for name in ("p20_ms", "p80_ms")]
             axes.fill_between(values, *bounds, color=color, alpha=0.2, linewidth=0)
         else:
-            held = [p["peak_bytes"] / 1e6 if p["peak_bytes"] else math.nan for p in points]
+            held = [p["peak_bytes"] or math.nan for p in points]
             axes.plot(values, held, "o-", markersize=2.6, **style)
         model = [p["floor_ms" if what == "time" else "held_bytes"] for p in points]
         if not drawn_model and all(model):
-            scale = 1.0 if what == "time" else 1e-6
-            axes.plot(values, [v * scale for v in model], "--", color=TEXT, linewidth=1.0)
+            scale = 1e-3 if what == "time" else 1.0
+            axes.plot(values, [v * scale for v in model], "--", color=TEXT, linewidth=1.0, zorder=5)
             drawn_model = True
 
 
@@ -341,21 +354,44 @@ def _size_ticks(grid: Any, panels: Sequence[Data], dimensions: Sequence[str]) ->
         axes.xaxis.set_major_locator(FixedLocator(values[::-step][::-1]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
-    for row in grid:
+    for i, row in enumerate(grid):
         row[0].yaxis.set_major_locator(LogLocator(numticks=6))
-        row[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        words = _seconds if i % 2 == 0 else _bytes
+        row[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _, words=words: words(value)))
 
 
 # --- words ---------------------------------------------------------------------------------------
 
 
-def _legend(figure: Figure, x: float, y: float, words: Sequence[tuple[str, str]]) -> None:
-    """Words in the colours that they explain, one after the other."""
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    width = figure.get_figwidth() * figure.dpi
-    for word, color in words:
-        text = figure.text(x, y, word, color=color, size=8)
-        x += text.get_window_extent(renderer).width / width + 0.022
+def _title(
+    figure: Figure, words: str, device: str, x: float, names: Sequence[tuple[str, str]]
+) -> None:
+    """At the top left; below it the device, and words in the colours that they explain.
+
+    Args:
+        figure: To be written on.
+        words: The title.
+        device: Its name.
+        x: Where the explanations begin, further left if there are many.
+        names: What they say, with their colours.
+    """
+    height = figure.get_figheight()
+    figure.text(0.012, 1 - 0.2 / height, words, weight="bold", size=10.5)
+    y = 1 - 0.41 / height
+    left = 0.012 + _written(figure.text(0.012, y, device, color=FAINT)) + _GAP
+    texts = [figure.text(0, y, word, color=color) for word, color in names]
+    needed = sum(_written(text) + _GAP for text in texts)
+    x = max(left, min(x, 1 - needed))
+    for text in texts:
+        text.set_x(x)
+        x += _written(text) + _GAP
+
+
+def _written(text: Text) -> float:
+    """The width of a text as a share of its figure's."""
+    figure = text.get_figure()
+    assert isinstance(figure, Figure)
+    return float(text.get_window_extent().width / figure.bbox.width)
 
 
 def _peer_color(others: Sequence[str], name: str) -> str:
@@ -363,22 +399,33 @@ def _peer_color(others: Sequence[str], name: str) -> str:
 
 
 def _times(value: float) -> str:
-    return f"{value:.0f}×" if value >= 10 or value in (1, 2, 5) else f"{value:.3g}×"
+    digits = 0 if value >= 9.95 or value in (1, 2, 5) else 1 if value in (0.2, 0.5) else 2
+    return f"{value:.{digits}f}×"
 
 
 def _rate(value: float) -> str:
-    return _with_unit(value, ((1e12, "T"), (1e9, "G"), (1e6, "M")))
+    return _with_unit(value, ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1, " ")))
+
+
+def _bytes(value: float) -> str:
+    return _with_unit(value, ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (1, " B")))
+
+
+def _seconds(value: float) -> str:
+    return _with_unit(value, ((1, " s"), (1e-3, " ms"), (1e-6, " µs")))
 
 
 def _count(value: float) -> str:
-    return _with_unit(value, ((1 << 20, "Mi"), (1 << 10, "Ki"))) if value % 1024 == 0 else f"{value:g}"
+    """A power of two in its own units."""
+    size = int(value)
+    if size >= 1024 and size & (size - 1) == 0:
+        return _with_unit(value, ((1 << 20, " Mi"), (1 << 10, " Ki")))
+    return f"{size}"
 
 
 def _with_unit(value: float, units: Sequence[tuple[float, str]]) -> str:
-    for size, unit in units:
-        if value >= size:
-            return f"{value / size:g} {unit}"
-    return f"{value:g}"
+    size, unit = next((pair for pair in units if value >= 0.999 * pair[0]), units[-1])
+    return f"{value / size:.3g}{unit}" if value < 1000 * size else f"{value / size:g}{unit}"
 
 
 _KINDS = {"headline": headline, "roofline": roofline, "shares": shares, "scaling": scaling}

@@ -26,7 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from .models import rnn, transformer_step, translation
-from .models.comparison import OURS, ModelCase, synchronized
+from .models.comparison import NO_TIME, OURS, ModelCase, is_ready, synchronized
 from .models.sizes import SIZES, Size
 from .operators import OURS as OUR_PROVIDERS
 from .results import FOLDER, ROOT, Row, Writer, describe, read, writer
@@ -125,7 +125,7 @@ def count_in_kernel(results: Path | None, device: str, folder: Path, seconds: fl
     if ncu is None:
         return row | {"absent": "ncu is not installed"}
     if seconds < 1:
-        return row | {"absent": "no time left"}
+        return row | {"absent": NO_TIME}
     command = ncu_command(ncu, chosen)
     try:
         done = subprocess.run(
@@ -186,7 +186,7 @@ def rows_of(
     (folder / "profile.txt").unlink(missing_ok=True)  # of an earlier run into this folder
     for name, case in traced_cases(size, device).items():
         if time.monotonic() >= deadline:
-            yield _head(case) | {"absent": "no time left"}
+            yield _head(case) | {"absent": NO_TIME}
             continue
         try:
             yield trace(name, case, device, folder)
@@ -209,7 +209,12 @@ def line(row: Row) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Record, print and write; 0 when nothing failed."""
+    """Record, print and write.
+
+    Returns:
+        1 where something failed; else 3 where something was left out for want of time; else 0. (2
+        is for options that are wrong, or a GPU that is not here.)
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.profile",
         description=__doc__,
@@ -224,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="rows to the screen, and to no file")
     arguments = parser.parse_args(argv)
     device = arguments.device
-    if device == "cuda" and not torch.cuda.is_available():
+    if not is_ready(device):
         print("no CUDA GPU here", file=sys.stderr)
         return 2
     size = SIZES[arguments.size or ("small" if arguments.quick else "base")]
@@ -234,17 +239,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.json:
         into = writer(device, folder)
     emit: Callable[[Row], Any] = into.add if into else lambda row: None
-    failures = 0
+    failures = left_out = 0
     with contextlib.redirect_stdout(sys.stderr):
         for row in rows_of(size, device, folder, arguments.results, arguments.seconds):
             emit(row)
             text = json.dumps(row) if into is None else line(row)
             print(text, file=screen, flush=True)
             failures += "failed" in row
+            left_out += row.get("absent") == NO_TIME
     if into is not None:
         into.close()
         print(f"{folder}")
-    return 1 if failures else 0
+    return 1 if failures else 3 if left_out else 0
 
 
 def _head(case: ModelCase) -> Row:

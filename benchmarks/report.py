@@ -59,6 +59,18 @@ class Report:
     """By device, the newest first."""
     drawn: dict[str, tuple[str, Data]] = field(default_factory=dict)
     """By name, the kind and the data of each picture that was asked for."""
+    blocks: list[Block] = field(default_factory=list)
+    """That were filled."""
+
+    def unshown(self) -> list[str]:
+        """Measured, and in no block."""
+        return [
+            f"{device} {suite} {' '.join(names)}"
+            for device, runs in self.runs.items()
+            for suite, columns in _COLUMNS.items()
+            for names in _measured(runs, suite, *columns)
+            if not any(_shows(block, device, suite, names) for block in self.blocks)
+        ]
 
     def fill(self, block: Block, images: str) -> list[str]:
         """The lines of a block, without its first and last.
@@ -67,6 +79,7 @@ class Report:
             block: What is asked for.
             images: The folder of the pictures, as the page says it.
         """
+        self.blocks.append(block)
         lines: list[str] = []
         for device in [block.device] if block.device else self.runs:
             for part in _RENDERERS[block.kind](self.runs.get(device, []), block):
@@ -134,7 +147,8 @@ def parse(words: str, where: str, line: int = 1) -> Block:
     """What the first line of a block asks for.
 
     Args:
-        words: A kind, what of it (all), and ``on`` a device (all).
+        words: A kind; ops, or models as ``<model>/<task>`` with wildcards (all); ``on`` a device
+            (all).
         where: For messages.
         line: Its number.
 
@@ -155,7 +169,6 @@ def parse(words: str, where: str, line: int = 1) -> Block:
 
 
 # --- blocks --------------------------------------------------------------------------------------
-
 
 Parts = Iterator[str | Picture]
 
@@ -208,16 +221,14 @@ def _operators(runs: Sequence[Run], block: Block) -> Parts:
 
 
 def _models(runs: Sequence[Run], block: Block) -> Parts:
-    measured = dict.fromkeys(
-        (row["model"], row["task"]) for run in runs for row in run.suite("models")
-    )
-    by_run: dict[Path, tuple[Run, list[Row]]] = {}
-    for model, task in measured:
-        pairs = ((name, word) for name in (model, task) for word in block.words)
-        if not block.words or any(fnmatch.fnmatchcase(*pair) for pair in pairs):
+    # A table for all that have the same providers, and so the same columns.
+    alike: dict[tuple[Path, frozenset[str]], tuple[Run, list[Row]]] = {}
+    for model, task in _measured(runs, "models", "model", "task"):
+        if not block.words or any(_means(word, model, task) for word in block.words):
             run, rows = newest_rows(runs, "models", model=model, task=task) or (runs[0], [])
-            by_run.setdefault(run.path, (run, []))[1].extend(rows)
-    for run, rows in by_run.values():
+            providers = frozenset(row["provider"] for row in rows)
+            alike.setdefault((run.path, providers), (run, []))[1].extend(rows)
+    for run, rows in alike.values():
         known = comparisons(rows)
         yield from tables.models(known)
         yield from tables.problems(known)
@@ -234,6 +245,17 @@ def _scaling(runs: Sequence[Run], block: Block) -> Parts:
             yield from tables.source(*found)
 
 
+def _means(word: str, model: str, task: str) -> bool:
+    """Whether ``<model>/<task>`` or ``<model>``, with wildcards, is this one."""
+    return fnmatch.fnmatchcase(f"{model}/{task}", word if "/" in word else f"{word}/*")
+
+
+def _measured(runs: Sequence[Run], suite: str, *names: str) -> list[tuple[str, ...]]:
+    """What there are rows of."""
+    rows = (row for run in runs for row in run.suite(suite))
+    return list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
+
+
 def _folder(runs: Sequence[Run]) -> str:
     return str(runs[0].path.parent.name)
 
@@ -246,6 +268,20 @@ _RENDERERS: dict[str, Callable[[Sequence[Run], Block], Parts]] = {
     "models": _models,
     "scaling": _scaling,
 }
+
+
+_COLUMNS = {"operators": ("op",), "models": ("model", "task"), "scaling": ("op",)}
+"""Of suites that have tables or pictures: what these are of."""
+
+
+def _shows(block: Block, device: str, suite: str, names: tuple[str, ...]) -> bool:
+    if block.kind != suite or block.device not in (None, device):
+        return False
+    if not block.words:
+        return True
+    return names[0] in block.words or (
+        suite == "models" and any(_means(word, *names) for word in block.words)
+    )
 
 
 # --- command -------------------------------------------------------------------------------------
@@ -301,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stamp = figures.stamp(data).encode()
             paths = (docs / IMAGES / f"{name}.{ending}" for ending in figures.ENDINGS)
             stale += [p for p in paths if not p.exists() or stamp not in p.read_bytes()]
+    for what in report.unshown():
+        print(f"no block shows {what}")
     for path in stale:
         state = "is not what the results give" if arguments.check else "written"
         print(f"{os.path.relpath(path)}: {state}")

@@ -112,9 +112,9 @@ def source(run: Run, rows: Sequence[Row]) -> Iterator[str]:
     machine = run.machine
     rounds = sorted({row["rounds"] for row in rows if "rounds" in row})
     turns = "–".join(str(n) for n in dict.fromkeys(rounds[:1] + rounds[-1:]))
-    commit = (machine["commit"] or "unknown")[:7]
-    of_turns = f", {turns} turns of each" if turns else ""
-    yield from (f"<sub>{run.path.parent.name}, {machine['started'][:10]}, {commit}{of_turns}</sub>", "")
+    said = [run.path.parent.name, machine["started"][:10], (machine["commit"] or "unknown")[:7]]
+    said += [f"{turns} turns of each"] if turns else []
+    yield from (f"<sub>{', '.join(said)}</sub>", "")
 
 
 def machine(row: Row) -> str:

@@ -2,7 +2,7 @@
 
 Triton's variable must be set before anything imports triton, since kernels are decorated then; it
 is never set on a machine with a GPU. Child processes inherit it: a test that starts one which must
-see the machine as a user does removes it (`tests.triton_tools.ahead_of_time` does).
+see the machine as a user does removes it (`benchmarks.static.triton` does).
 """
 
 from __future__ import annotations

@@ -37,6 +37,8 @@ STAGES = tuple(SECONDS)
 SIDE_BY_SIDE_STAGES = ("tests", "sanitizer")
 """These time nothing, and leave each other enough of the machine: they have their time together."""
 SANITIZERS = ("memcheck", "racecheck")
+# What `benchmarks.models` ends with where it began some case no more.
+_LEFT_OUT = 3
 # Files outside these folders may need packages (sacreBLEU) that a borrowed machine lacks, and have
 # no test that needs a GPU.
 GPU_TESTS = (
@@ -53,7 +55,14 @@ REHEARSED_TESTS = ("tests/ops/test_philox.py",)
 
 def models(session: Session, seconds: float) -> Outcome:
     """Whole models beside their peers."""
-    return of_ending(session.run(_module(session, "benchmarks.models", seconds), seconds, "models"))
+    command = _module(session, "benchmarks.models", seconds)
+    if session.suite("models") and not session.retry_failed:
+        command += ("--known", str(session.writer.path.resolve()))
+    ending = session.run(command, seconds, "models")
+    outcome = of_ending(ending)
+    if ending.exit_code == _LEFT_OUT:
+        outcome.status = "timed out"
+    return outcome
 
 
 def profile(session: Session, seconds: float) -> Outcome:

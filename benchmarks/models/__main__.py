@@ -22,9 +22,9 @@ from typing import IO
 
 import torch
 
-from ..results import Row, Writer, describe, writer
+from ..results import Row, Writer, describe, identity, read, writer
 from . import recurrent_layers, rnn, transformer_step, translation
-from .comparison import OURS, OURS_EAGER, ModelCase, rows_of
+from .comparison import NO_TIME, OURS, OURS_EAGER, ModelCase, is_ready, rows_of
 from .sizes import SIZES, Size
 
 GROUPS: dict[str, Callable[[Size, str], list[ModelCase]]] = {
@@ -33,7 +33,6 @@ GROUPS: dict[str, Callable[[Size, str], list[ModelCase]]] = {
     "rnn": rnn.cases,
     "recurrent_layers": recurrent_layers.cases,
 }
-NO_TIME = "no time left"
 
 
 def plan(size: Size, device: str, groups: Sequence[str], name: str = "") -> list[ModelCase]:
@@ -42,14 +41,28 @@ def plan(size: Size, device: str, groups: Sequence[str], name: str = "") -> list
     return sorted((case for case in cases if name in case.label), key=lambda case: case.rank)
 
 
-def measure(cases: Sequence[ModelCase], device: str, rounds: int, seconds: float) -> Iterator[Row]:
-    """The rows of all cases; those that would begin after ``seconds`` say so."""
+def measure(
+    cases: Sequence[ModelCase], device: str, rounds: int | None, seconds: float
+) -> Iterator[Row]:
+    """The rows of all cases; those that would begin too late to be done by ``seconds`` say so."""
     deadline = time.monotonic() + seconds
     for case in cases:
-        if time.monotonic() >= deadline:
+        if time.monotonic() + case.needs_seconds >= deadline:
             yield from (case.row(name, absent=NO_TIME) for name in case.shown())
         else:
-            yield from rows_of(case, device, rounds)
+            yield from rows_of(case, device, rounds or case.rounds)
+
+
+def without_known(cases: Sequence[ModelCase], path: Path) -> list[ModelCase]:
+    """The cases that a file of results does not know already."""
+    if not path.exists():
+        return list(cases)
+    known = {identity(row) for row in read(path).rows if row.get("absent") != NO_TIME}
+    return [
+        case
+        for case in cases
+        if not all(identity(case.row(name)) in known for name in case.shown())
+    ]
 
 
 def line(row: Row) -> str:
@@ -73,7 +86,12 @@ def line(row: Row) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write; 0 when nothing of ours failed and no peer disagreed."""
+    """Measure, print and write.
+
+    Returns:
+        1 where something of ours failed or a peer disagreed; else 3 where a case was not begun
+        for want of time; else 0. (2 is for options that are wrong, or a GPU that is not here.)
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.models",
         description=__doc__,
@@ -85,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--case", default="", help="only cases whose line contains this")
     parser.add_argument("--rounds", type=int, help="turns of each provider, at least 2 (5)")
+    parser.add_argument("--known", type=Path, help="a .jsonl file: leave out the cases it knows")
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case later")
     parser.add_argument(
@@ -93,37 +112,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="rows to the screen, and to no file")
     arguments = parser.parse_args(argv)
     device = arguments.device
-    rounds = arguments.rounds or (3 if arguments.quick else 5)
-    if rounds < 2:
+    rounds: int | None = arguments.rounds or (3 if arguments.quick else None)
+    if rounds is not None and rounds < 2:
         parser.error("--rounds must be at least 2: a ratio has quartiles")
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            print("no CUDA GPU here", file=sys.stderr)
-            return 2
-        # fp32 is fp32 on all sides: PyTorch's recurrent layers would round to TF32.
-        torch.backends.cudnn.allow_tf32 = False
+    if not is_ready(device):
+        print("no CUDA GPU here", file=sys.stderr)
+        return 2
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     size = SIZES[arguments.size or ("small" if arguments.quick else "base")]
     cases = plan(size, device, arguments.only, arguments.case)
+    if arguments.known:
+        cases = without_known(cases, arguments.known)
     screen = sys.stdout
     into: Writer | None = None
     if not arguments.json:
         machine = describe(device)
         print(f"{machine['name']}, torch {machine['torch']}, {machine['threads']} threads")
         into = writer(device, arguments.out)
-    failures = 0
+    failures = left_out = 0
     # What a peer prints is no row.
     with contextlib.redirect_stdout(sys.stderr):
         for row in measure(cases, device, rounds, arguments.seconds):
             failures += "failed" in row and (
                 row["provider"] in (OURS, OURS_EAGER) or row.get("disagrees", False)
             )
+            left_out += row.get("absent") == NO_TIME
             _emit(row, screen, into)
     if into is not None:
         into.close()
         print(f"{into.path}")
-    return 1 if failures else 0
+    return 1 if failures else 3 if left_out else 0
 
 
 def _emit(row: Row, screen: IO[str], into: Writer | None) -> None:

@@ -14,12 +14,18 @@ from typing import Any
 import torch
 
 from ..results import Row
-from ..timing import interleaved, peak_bytes, ratio, summary
+from ..timing import Times, interleaved, peak_bytes, ratio, summary
 from .counting import launches
 
 OURS = "fused_attn"
 OURS_EAGER = "fused_attn_eager"
 """On a GPU: our search without its CUDA graph."""
+NO_TIME = "no time left"
+"""Why a case that was not begun is absent."""
+SEARCH_ROUNDS = {"cuda": 3, "cpu": 5}
+"""On a GPU a search of a peer's is most of a second of the host's, and the GPU is lent."""
+# Seconds that a turn lasts at least, by repeating the call: on a GPU a step takes milliseconds.
+_TURN_SECONDS = {"cuda": 0.2, "cpu": 0.0}
 # Enough of a traceback to act on, when the machine is gone.
 ERROR_CHARACTERS = 3000
 
@@ -65,10 +71,14 @@ class ModelCase:
     compare: Callable[[Any, Any], Row]
     """From outcomes of ours and of another to what is said of it; raises
     :class:`DisagreementError`."""
-    counts_operators: bool = True
-    """Whether launches and memory are worth a call each on a CPU."""
+    counts: bool = True
+    """Whether launches are worth counting, which on a GPU takes seconds, and memory on a CPU."""
     shows_ours: bool = True
     """False where another case has the row of ours."""
+    rounds: int = 5
+    """Turns of each provider, where nobody says."""
+    needs_seconds: float = 0.0
+    """With less time left the case is not begun."""
 
     @property
     def label(self) -> str:
@@ -124,41 +134,61 @@ def _compare(case: ModelCase, device: str, rounds: int) -> Iterator[Row]:
     if not any(name in calls for name in case.shown()):
         return
     try:
-        times = interleaved(calls, rounds, seconds=0.0)
+        times = interleaved(calls, rounds, seconds=_TURN_SECONDS[device])
     except Exception:
         for name in calls:
             yield from _if_shown(case, name, failed=_error())
         return
-    for name, call in calls.items():
-        s = summary(times[name].seconds)
-        fields: Row = {
-            "p20_ms": s.p20 * 1e3,
-            "p50_ms": s.median * 1e3,
-            "p80_ms": s.p80 * 1e3,
-            "rounds": len(times[name].seconds),
-            "tokens_per_s": case.tokens / s.median,
-            "shape": case.shape,
-            **said[name],
-        }
-        if OURS in calls and name != OURS:
-            r = ratio(times[name].seconds, times[OURS].seconds)
-            fields["ratio"] = [r.q25, r.median, r.q75]
-        if device == "cuda" or case.counts_operators:
-            fields |= _counts(name, call, device)
-        yield from _if_shown(case, name, **fields)
+    rows = {name: _timed(case, name, times, said[name]) for name in calls}
+    if device == "cuda" and case.counts:
+        # A profiler may end the process; a later row replaces these.
+        yield from (row for name, row in rows.items() if name in case.shown())
+    for name, row in rows.items():
+        if name in case.shown():
+            yield row | _counted(case, name, calls[name], device)
 
 
-def _counts(name: str, call: Callable[[], object], device: str) -> Row:
-    """Launches and memory; a profiler that fails takes no time away."""
-    if name == "ctranslate2":  # torch sees nothing of it
-        return {}
+def _timed(case: ModelCase, name: str, times: dict[str, Times], said: Row) -> Row:
+    s = summary(times[name].seconds)
+    fields: Row = {
+        "p20_ms": s.p20 * 1e3,
+        "p50_ms": s.median * 1e3,
+        "p80_ms": s.p80 * 1e3,
+        "rounds": len(times[name].seconds),
+        "tokens_per_s": case.tokens / s.median,
+        "shape": case.shape,
+        **said,
+    }
+    if OURS in times and name != OURS:
+        r = ratio(times[name].seconds, times[OURS].seconds)
+        fields["ratio"] = [r.q25, r.median, r.q75]
+    return case.row(name, **fields)
+
+
+def _counted(case: ModelCase, name: str, call: Callable[[], object], device: str) -> Row:
+    """Memory and launches; a profiler that fails takes no time away."""
+    found: Row = {}
+    if name == "ctranslate2" or not (case.counts or device == "cuda"):
+        return found  # torch sees nothing of the former
     try:
-        peak = {"peak_bytes": peak_bytes(call, device)}
-        if name == "torch_compile" and device == "cpu":  # its kernels are no operators
-            return peak
-        return {**peak, **launches(call, device)}
+        found["peak_bytes"] = peak_bytes(call, device)
+        # Of compiled code on a CPU, kernels are no operators.
+        if case.counts and not (name == "torch_compile" and device == "cpu"):
+            found |= launches(call, device)
     except Exception:
-        return {"uncounted": _error()}
+        found["uncounted"] = _error()
+    return found
+
+
+def is_ready(device: str) -> bool:
+    """Whether the device is here; on a GPU, fp32 is then fp32 on all sides."""
+    if device == "cpu":
+        return True
+    if not torch.cuda.is_available():
+        return False
+    # By default PyTorch's recurrent layers round to TF32, and its products do not.
+    torch.backends.cudnn.allow_tf32 = False
+    return True
 
 
 class WithoutGraph:

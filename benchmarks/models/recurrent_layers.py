@@ -65,7 +65,7 @@ def _case(
     valid = int(lengths.sum())
     return ModelCase(
         group="recurrent_layers",
-        rank=1 if kind == "lstm" and not full else 2,
+        rank=3 if kind == "lstm" and not full else 4,
         model=f"{kind}_layer{size.suffix}",
         task="forward+backward",
         name=f"hidden_{H}{'x2' if bidirectional else ''}_batch_{B}_length_{T}"
@@ -76,7 +76,7 @@ def _case(
         providers=(OURS, "torch_padded") if full else (OURS, "torch_packed", "torch_padded"),
         prepare=prepare,
         compare=_same_output,
-        counts_operators=False,
+        counts=False,
     )
 
 

@@ -22,6 +22,7 @@ from fused_attn.models import RNNSeq2Seq, RNNSeq2SeqConfig
 from .comparison import (
     OURS,
     OURS_EAGER,
+    SEARCH_ROUNDS,
     ModelCase,
     Provider,
     WithoutGraph,
@@ -184,7 +185,7 @@ def our_loss(model: RNNSeq2Seq, batch: Batch) -> Tensor:
 def cases(size: Size, device: str) -> list[ModelCase]:
     """The cases of ``--only rnn``: steps, and searches in the batches that are translated."""
     cells = ("lstm", "gru") if size.variants else ("lstm",)
-    steps = [_step(size, device, cell, rank=2 * i) for i, cell in enumerate(cells)]
+    steps = [_step(size, device, cell, rank=4 * i) for i, cell in enumerate(cells)]
     searches = [
         _search(size, device, sentences, rank=min(i, 1))
         for i, sentences in enumerate(n for n in size.batches_on(device) if n > 1)
@@ -288,7 +289,8 @@ def _search(size: Size, device: str, sentences: int, rank: int) -> ModelCase:
         providers=(OURS, OURS_EAGER, "torch") if device == "cuda" else (OURS, "torch"),
         prepare=prepare,
         compare=partial(sentences_agree, exact=True),
-        counts_operators=False,
+        counts=device == "cuda" and rank == 0,
+        rounds=SEARCH_ROUNDS[device],
     )
 
 

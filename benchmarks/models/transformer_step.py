@@ -20,6 +20,9 @@ from fused_attn.models import Transformer, TransformerConfig
 from .comparison import OURS, ModelCase, Provider, same_loss
 from .sizes import Size
 
+_COMPILE_SECONDS = 12.0
+"""That ``torch.compile`` takes for a layer of the encoder and one of the decoder, about."""
+
 
 class Batch(NamedTuple):
     """Random token indices ``[B, S]``, ``[B, T + 1]``, and lengths ``[B]``."""
@@ -149,11 +152,11 @@ def cases(size: Size, device: str) -> list[ModelCase]:
     """The cases of ``--only training_step``; that of ``torch.compile``, which takes long, apart."""
     found = [
         _case(size, device, "", {}, "torch", rank=0),
-        _case(size, device, "", {}, "torch_compile", rank=1),
+        _case(size, device, "", {}, "torch_compile", rank=2),
     ]
     if size.variants:
         options = {"norm_first": True, "activation": "gelu"}
-        found.append(_case(size, device, "_pre_norm_gelu", options, "torch", rank=2))
+        found.append(_case(size, device, "_pre_norm_gelu", options, "torch", rank=4))
     return found
 
 
@@ -195,6 +198,7 @@ def _case(
         prepare=prepare,
         compare=same_loss,
         shows_ours=peer == "torch",
+        needs_seconds=_COMPILE_SECONDS * size.layers if peer == "torch_compile" else 0.0,
     )
 
 

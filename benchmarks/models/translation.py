@@ -21,6 +21,7 @@ from fused_attn.models import Transformer, TransformerConfig, quantize
 from .comparison import (
     OURS,
     OURS_EAGER,
+    SEARCH_ROUNDS,
     AbsentError,
     ModelCase,
     Provider,
@@ -43,7 +44,7 @@ def cases(size: Size, device: str) -> list[ModelCase]:
     translators = Translators(size, device)
     dtypes = ("bfloat16", "float32") if device == "cuda" else ("float32", "int8")
     return [
-        _case(translators, dtype, beam_size, sentences, rank=min(i + j, 1))
+        _case(translators, dtype, beam_size, sentences, rank=3 if i > 0 else min(j, 1))
         for i, dtype in enumerate(dtypes)
         for j, sentences in enumerate(size.batches_on(device))
         for beam_size in (BEAM_SIZE, 1)
@@ -88,7 +89,8 @@ def _case(
         providers=tuple(providers),
         prepare=prepare,
         compare=partial(sentences_agree, exact=dtype == "float32"),
-        counts_operators=False,
+        counts=device == "cuda" and rank == 0,
+        rounds=SEARCH_ROUNDS[device],
     )
 
 

@@ -33,8 +33,8 @@ class Roof:
     """What a machine does at best: the model's three rates."""
 
     copies: tuple[tuple[int, float], ...]
-    """Bytes read and written, and seconds, of copies of ascending size: a small one is bound by its
-    launch and lies in a cache, a large one by memory."""
+    """Bytes moved, and seconds, of copies (or reads, where these are faster) of ascending size: a
+    small one is bound by its launch and lies in a cache, a large one by memory."""
     products: Mapping[torch.dtype, float]
     """FLOP/s of a large matrix product."""
     vector: float | None = None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from benchmarks.models import comparison, rnn, transformer_step, translation
 from benchmarks.models.comparison import AbsentError, DisagreementError, ModelCase, Provider
 from benchmarks.models.counting import launches
 from benchmarks.models.sizes import BASE, TINY
-from benchmarks.timing import peak_bytes
+from benchmarks.timing import Times, peak_bytes
 from fused_attn.models import RNNSeq2Seq, RNNSeq2SeqConfig, TransformerConfig, rnn_decoding
 
 Row = dict[str, Any]
@@ -100,14 +101,14 @@ def test_absent_peers_are_rows(
 
 def test_without_time_every_case_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     status, rows = run(capsys, "--seconds=0")
-    assert status == 0
+    assert status == 3
     cases = command.plan(TINY, "cpu", list(command.GROUPS))
     assert len(rows) == sum(len(case.shown()) for case in cases)
     assert {row["absent"] for row in rows} == {"no time left"}
 
 
 def test_a_line_for_the_screen_and_a_row_for_the_file(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(
         command.GROUPS, "rnn", lambda size, device: [case(), case("b", ours=refuse)]
@@ -184,7 +185,7 @@ def case(name: str = "a", **providers: Callable[[], Provider]) -> ModelCase:
         providers=tuple(made),
         prepare=lambda provider: made[provider](),
         compare=compare,
-        counts_operators=False,
+        counts=False,
     )
 
 
@@ -192,12 +193,22 @@ def rows_of(toy: ModelCase) -> dict[str, Row]:
     return {row["provider"]: row for row in comparison.rows_of(toy, "cpu", 3)}
 
 
-def test_times_and_ratio() -> None:
+def test_times_and_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {"fused_attn": Times([0.001, 0.002, 0.004]), "theirs": Times([0.002, 0.008, 0.004])}
+    monkeypatch.setattr(comparison, "interleaved", lambda *args, **options: taken)
     rows = rows_of(case())
-    assert rows["theirs"]["p50_ms"] >= 3.0
-    assert rows["theirs"]["tokens_per_s"] == pytest.approx(5e3 / rows["theirs"]["p50_ms"])
-    low, middle, high = rows["theirs"]["ratio"]
-    assert 1.0 < low <= middle <= high
+    assert rows["theirs"] == {
+        **case().row("theirs"),
+        "p20_ms": 2.0,
+        "p50_ms": 4.0,
+        "p80_ms": 8.0,
+        "rounds": 3,
+        "tokens_per_s": 1250.0,
+        "shape": "small",
+        "agreement": 1.0,
+        "ratio": [1.0, 2.0, 4.0],
+    }
+    assert rows["fused_attn"]["p50_ms"] == 2.0
 
 
 def test_ours_that_fails_leaves_the_peers_their_times() -> None:
@@ -228,6 +239,28 @@ def test_the_budget_stops_new_cases_and_not_the_one_that_runs() -> None:
     rows = list(command.measure([case(ours=slow), case("b")], "cpu", 2, 0.1))
     assert all("p50_ms" in row for row in rows if row["case"] == "a")
     assert [row["absent"] for row in rows if row["case"] == "b"] == ["no time left"] * 2
+
+
+def test_a_case_that_needs_more_than_is_left_is_not_begun() -> None:
+    rows = command.measure([replace(case(), needs_seconds=60.0), case("b")], "cpu", 2, 30.0)
+    assert [(row["case"], "absent" in row) for row in rows] == [
+        ("a", True),
+        ("a", True),
+        ("b", False),
+        ("b", False),
+    ]
+
+
+def test_known_cases_are_left_out_and_those_without_time_are_not(tmp_path: Path) -> None:
+    rows: list[Row] = [{"suite": "machine"}]
+    rows += [case("timed").row(name, p50_ms=1.0) for name in ("fused_attn", "theirs")]
+    rows += [case("late").row(name, absent="no time left") for name in ("fused_attn", "theirs")]
+    rows.append(case("half").row("fused_attn", p50_ms=1.0))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cases = [case(name) for name in ("timed", "late", "half", "other")]
+    assert command.without_known(cases, path) == cases[1:]
+    assert command.without_known(cases, tmp_path / "none.jsonl") == cases
 
 
 def test_what_a_peer_prints_is_no_row(

@@ -133,7 +133,7 @@ def test_a_trace_that_fails_and_one_without_time_are_rows(
     assert ["failed" in row for row in rows] == [False, True, True, True, False]
     assert rows[-1]["absent"] == "no --results of an operators run were given"
 
-    assert profile.main(["--size=tiny", "--json", "--seconds=0", f"--out={tmp_path}"]) == 0
+    assert profile.main(["--size=tiny", "--json", "--seconds=0", f"--out={tmp_path}"]) == 3
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["absent"] for row in rows[:3]] == ["no time left"] * 3
 

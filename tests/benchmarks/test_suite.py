@@ -72,9 +72,9 @@ def test_a_strangers_run(folder: Path) -> None:
     assert "benchmark 'doubling again float32 forward+backward'" in out
     # Each reason once, with the number of rows that it is for.
     assert out.count("absent: not_installed") == 1
-    assert "absent: not_installed (4 rows): no-such-package is not installed" in out
-    assert "failed: tripling (4 rows): AssertionError: computes something else" in out
-    assert "unchecked: unchecked (4 rows): doubles another tensor" in out
+    assert "absent: not_installed (6 rows): no-such-package is not installed" in out
+    assert "failed: wrong_gradient (4 rows): AssertionError: computes something else: grad_x" in out
+    assert "unchecked: unchecked (6 rows): doubles another tensor" in out
 
     # pytest-benchmark has the very times of the rows.
     (path,) = (folder / "out").glob("*.jsonl")

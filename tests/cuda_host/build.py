@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import importlib
 import importlib.util
 import os
 import shutil
@@ -18,9 +17,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
+
+from benchmarks.static.cuda import units_module
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -92,15 +92,6 @@ def header_flags() -> list[str]:
 def include_flags() -> list[str]:
     """Folders of what kernels and tests of the rig include."""
     return [f"-I{CSRC}", f"-I{HOST}", *header_flags()]
-
-
-def units_module() -> ModuleType:
-    """csrc/cuda_units.py, which setup.py shares: translation units, nvcc's flags."""
-    sys.path.insert(0, str(CSRC))
-    try:
-        return importlib.import_module("cuda_units")
-    finally:
-        sys.path.remove(str(CSRC))
 
 
 def build(flavour: str = "plain", ops: Sequence[str] = ()) -> Path:

@@ -12,7 +12,6 @@ from torch import Tensor
 from fused_attn import BeamSearchStep, beam_search_step
 from fused_attn.ops import TokenEdits
 from fused_attn.ops._backend import unavailable_reason
-from tests.triton_tools.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_in_subprocess
 
 from .suite import assert_bit_equal
 
@@ -126,30 +125,3 @@ def test_too_many_beams_or_tokens_are_refused() -> None:
     logits = torch.zeros(1, device=DEVICE).expand(1, 1, 2**20 + 1)
     with pytest.raises(NotImplementedError, match="vocabulary of 1048577 > 1048576"):
         beam_search_step(logits, scores[:, :1], eos_token=2, backend="triton")
-
-
-CALLS: list[dict[str, Any]] = [
-    {"dtype": "float32"},
-    {"dtype": "bfloat16", "V": 50257},
-    {"dtype": "bfloat16", "K": 64},
-    {"dtype": "bfloat16", "K": 8, "V": 262144},
-    {"dtype": "bfloat16", "options": "everything"},
-    {"dtype": "float32", "K": 64, "options": "everything"},
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles_ahead_of_time_without_spills(target: str) -> None:
-    calls = CALLS if target == "sm_90" else [call for call in CALLS if call.get("K") == 64]
-    reports = compile_in_subprocess(target, "beam_search", calls)
-    kernels = [r["kernel"] for r in reports]
-    assert kernels.count("scan_kernel") == len(calls)
-    assert kernels.count("select_kernel") == len(calls)
-    assert {"mark_kernel", "rank_kernel"} < set(kernels)
-    for report in reports:
-        assert report["registers"] > 0, report
-        assert report["spilled_bytes"] == 0, report
-        assert report["shared"] <= SHARED_MEMORY_LIMIT[target], report
-        reads_rows = report["kernel"] == "scan_kernel" and report["call"].get("V") != 50257
-        assert report["wide_loads"] > 0 or not reads_rows, report

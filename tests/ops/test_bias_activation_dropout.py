@@ -16,7 +16,6 @@ from fused_attn import bias_activation_dropout
 from fused_attn.ops._philox import keep_mask
 from fused_attn.ops.bias_activation_dropout.cases import BiasActivationDropoutCase
 from fused_attn.validation import check_case, compare, fused_backends
-from tests.triton_tools.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_in_subprocess
 
 from .suite import OpSuite, RecordFusedCalls, assert_bit_equal
 
@@ -404,34 +403,3 @@ def test_the_private_calls_check_what_the_public_one_promises(
     }
     with pytest.raises(RuntimeError, match=f"{OP}: .*{message}"):
         torch.ops.fused_attn_C.bias_activation_dropout_backward(*call.values())
-
-
-CALLS = [
-    {"dtype": "bfloat16", "width": 4096},
-    {"dtype": "bfloat16", "width": 4096, "activation": "identity", "dropout_p": 0.0},
-    {"dtype": "bfloat16", "width": 1376, "activation": "gelu_tanh", "gated": True},
-    {"dtype": "float16", "width": 2048, "activation": "silu", "gated": True, "dropout_p": 0.0},
-    {"dtype": "float32", "width": 2048, "activation": "relu", "fp32_parameters": True},
-    # Widths that took most registers.
-    {"dtype": "bfloat16", "width": 29, "gated": True},
-    {"dtype": "float32", "width": 16381, "gated": True},
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles_ahead_of_time_without_spills(target: str) -> None:
-    if "triton" not in BACKENDS:
-        pytest.skip(f"{OP}: triton is not installed")
-    reports = compile_in_subprocess(target, OP, CALLS)
-    kernels = [r["kernel"] for r in reports]
-    assert kernels.count(f"{OP}_forward_kernel") == len(CALLS)
-    assert kernels.count(f"{OP}_backward_kernel") == len(CALLS)
-    assert "reduce_partials_kernel" in kernels
-    for report in reports:
-        assert report["registers"] > 0, report
-        assert report["spilled_bytes"] == 0, report
-        assert report["shared"] <= SHARED_MEMORY_LIMIT[target], report
-        if report["kernel"].startswith(OP) and report["call"]["width"] % 16 == 0:
-            assert report["wide_loads"] > 0, report
-            assert report["wide_stores"] > 0, report

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fused_attn import copy_distribution, copy_nll
 from fused_attn.validation import compare, fused_backends
-from tests.triton_tools.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_in_subprocess
 
 from .suite import OpSuite, RecordFusedCalls, assert_bit_equal
 
@@ -533,34 +532,3 @@ def test_the_private_call_checks_what_the_public_one_promises() -> None:
         torch.ops.fused_attn_C.copy_distribution_forward(
             call["logits"], call["copy"], call["source_tokens"], call["gate"], None, None, 5, 0
         )
-
-
-CALLS: list[dict[str, Any]] = [
-    {"dtype": "float32"},
-    {"dtype": "bfloat16", "gate": False, "fp32_copy": True},
-    {"dtype": "float16", "V": 50257, "S": 400, "gate": False, "lengths": False},
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles_ahead_of_time_without_spills(target: str) -> None:
-    if "triton" not in BACKENDS:
-        pytest.skip(f"{OP}: triton is not installed")
-    reports = compile_in_subprocess(target, OP, CALLS)
-    kernels = [r["kernel"] for r in reports]
-    for kernel in ("nll", "nll_backward", "log_probs", "copied_words", "log_probs_backward"):
-        assert kernels.count(f"{kernel}_kernel") == len(CALLS), kernel
-    assert "scan_kernel" in kernels
-    for report in reports:
-        assert report["registers"] > 0, report
-        assert report["spilled_bytes"] == 0, report
-        assert report["shared"] <= SHARED_MEMORY_LIMIT[target], report
-        is_aligned = "V" not in report["call"]
-        reads = report["kernel"] in ("scan_kernel", "log_probs_kernel")
-        if is_aligned and (reads or "backward" in report["kernel"]):
-            assert report["wide_loads"] > 0, report
-        if is_aligned and (
-            "backward" in report["kernel"] or report["kernel"] == "log_probs_kernel"
-        ):
-            assert report["wide_stores"] > 0, report

@@ -15,7 +15,6 @@ from fused_attn import attention, decode_attention
 from fused_attn.ops.decode_attention import triton as triton_backend
 from fused_attn.ops.decode_attention.cases import search_history
 from fused_attn.validation import compare, fused_backends
-from tests.triton_tools.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_in_subprocess
 
 from .suite import OpSuite, assert_bit_equal
 
@@ -517,34 +516,3 @@ def test_a_named_backend_says_why_it_cannot() -> None:
         r"float64 cpu\n  - dtype torch.float64.*available here: reference",
     ):
         decode_attention(**wide(random_inputs()), backend="cpu")
-
-
-_FORMS: list[dict[str, Any]] = [
-    {"form": "plain"},
-    {"form": "plain", "D": 80},
-    {"form": "plain", "D": 256},
-    {"form": "plain", "T": 4, "D": 128},
-    {"form": "shared"},
-    {"form": "shared", "D": 128},
-    {"form": "shared", "D": 256, "group": 8},
-    {"form": "ancestry"},
-    {"form": "plain", "everything": True},
-    {"form": "ancestry", "everything": True, "group": 4, "T": 2},
-]
-CALLS = [{"dtype": dtype, **form} for form in _FORMS for dtype in ("float32", "bfloat16")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles_ahead_of_time_without_spills(target: str) -> None:
-    if "triton" not in FUSED:
-        pytest.skip("decode_attention: triton is not installed")
-    reports = compile_in_subprocess(target, "decode_attention", CALLS)
-    kernels = [r["kernel"] for r in reports]
-    assert kernels.count("decode_attention_kernel") == len(CALLS)
-    assert "decode_attention_merge_kernel" in kernels
-    for report in reports:
-        assert report["registers"] > 0, report
-        assert report["spilled_bytes"] == 0, report
-        assert report["shared"] <= SHARED_MEMORY_LIMIT[target], report
-        assert report["wide_loads"] > 0 or "merge" in report["kernel"], report

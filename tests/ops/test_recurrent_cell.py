@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fused_attn import recurrent_cell
 from fused_attn.ops.recurrent_cell.cases import CASES, RecurrentLayerCase
 from fused_attn.validation import compare, fused_backends
-from tests.triton_tools.ahead_of_time import SHARED_MEMORY_LIMIT, TARGETS, compile_in_subprocess
 
 from .suite import OpSuite, RecordFusedCalls, assert_bit_equal
 
@@ -346,32 +345,3 @@ def test_the_private_calls_check_what_the_public_one_promises(kind: str, message
         torch.ops.fused_attn_C.recurrent_cell_forward(gates, gates, None, kind)
     with pytest.raises(RuntimeError, match=f"{OP}: {message}"):
         torch.ops.fused_attn_C.recurrent_cell_backward(None, None, gates, gates, None, kind, True)
-
-
-CALLS = [
-    {"dtype": "bfloat16", "kind": "lstm", "size": 1024},
-    {"dtype": "bfloat16", "kind": "gru", "size": 512, "fp32_state": True},
-    {"dtype": "float32", "kind": "lstm", "size": 512},
-    {"dtype": "float32", "kind": "gru", "size": 320},
-    {"dtype": "float16", "kind": "tanh", "size": 256},
-    # A width without a common divisor takes most registers.
-    {"dtype": "bfloat16", "kind": "lstm", "size": 29},
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles_ahead_of_time_without_spills(target: str) -> None:
-    if "triton" not in BACKENDS:
-        pytest.skip(f"{OP}: triton is not installed")
-    reports = compile_in_subprocess(target, OP, CALLS)
-    kernels = [r["kernel"] for r in reports]
-    assert kernels.count(f"{OP}_forward_kernel") == len(CALLS)
-    assert kernels.count(f"{OP}_backward_kernel") == len(CALLS)
-    for report in reports:
-        assert report["registers"] > 0, report
-        assert report["spilled_bytes"] == 0, report
-        assert report["shared"] <= SHARED_MEMORY_LIMIT[target], report
-        if report["call"]["size"] % 16 == 0:
-            assert report["wide_loads"] > 0, report
-            assert report["wide_stores"] > 0, report

@@ -162,8 +162,8 @@ class CopyDistributionCase(Case):
     def flops(self, backward: bool = False) -> int:
         """An exponential and an addition a logit, and as much a score.
 
-        Of all words also the addition that makes a log-probability, and one a weight. Backward the exponential and a
-        product; of all words the sum of the gradients and a multiply-add.
+        Of all words also the addition that makes a log-probability, and one a weight. Backward the
+        exponential and a product; of all words the sum of the gradients and a multiply-add.
         """
         words = self.vocabulary * (ELEMENTARY + 1)
         if self.all_words:

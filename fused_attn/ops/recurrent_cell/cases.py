@@ -18,7 +18,7 @@ from .layer import recurrent_layer
 Kind = Literal["lstm", "gru", "tanh", "relu"]
 
 # Operations of an element's step, and of its backward with the gates again.
-#   lstm: 5 functions, 4 sums of gates, f c + i g 3, o tanh(c) 1; the functions, sums and cell again,
+#   lstm: 5 functions, 4 sums of gates, f c + i g 3, o tanh(c) 1; functions, sums and cell again,
 #         then 5 for the cell's gradient, 4 for each of 4 gates, 1 for the old cell's.
 #   gru:  3 functions, sums 4, n + z (h - n) 3; functions and sums again, then z 5, n 5, r 4, and 1
 #         for its product.

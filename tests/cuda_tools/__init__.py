@@ -1,1 +1,0 @@
-"""Tools for the CUDA kernels that need nvcc and no GPU."""
