@@ -37,7 +37,7 @@ STAGES = tuple(SECONDS)
 SIDE_BY_SIDE_STAGES = ("tests", "sanitizer")
 """These time nothing, and leave each other enough of the machine: they have their time together."""
 SANITIZERS = ("memcheck", "racecheck")
-# What `benchmarks.models` ends with where it began some case no more.
+# What a module ends with where it began some case no more, for want of time.
 _LEFT_OUT = 3
 # Files outside these folders may need packages (sacreBLEU) that a borrowed machine lacks, and have
 # no test that needs a GPU.
@@ -58,11 +58,7 @@ def models(session: Session, seconds: float) -> Outcome:
     command = _module(session, "benchmarks.models", seconds)
     if session.suite("models") and not session.retry_failed:
         command += ("--known", str(session.writer.path.resolve()))
-    ending = session.run(command, seconds, "models")
-    outcome = of_ending(ending)
-    if ending.exit_code == _LEFT_OUT:
-        outcome.status = "timed out"
-    return outcome
+    return _of_module(session.run(command, seconds, "models"))
 
 
 def profile(session: Session, seconds: float) -> Outcome:
@@ -70,7 +66,14 @@ def profile(session: Session, seconds: float) -> Outcome:
     command = _module(session, "benchmarks.profile", seconds)
     folder = session.writer.path.parent
     command += ("--results", str(session.writer.path.resolve()), "--out", str(folder.resolve()))
-    return of_ending(session.run(command, seconds, "profile"))
+    return _of_module(session.run(command, seconds, "profile"))
+
+
+def _of_module(ending: Ending) -> Outcome:
+    outcome = of_ending(ending)
+    if ending.exit_code == _LEFT_OUT:
+        outcome.status = "timed out"
+    return outcome
 
 
 def _module(session: Session, module: str, seconds: float) -> tuple[str, ...]:
