@@ -64,7 +64,8 @@ def models(session: Session, seconds: float) -> Outcome:
 def profile(session: Session, seconds: float) -> Outcome:
     """Traces, and the counters of the kernel that is slowest beside its roof."""
     command = _module(session, "benchmarks.profile", seconds)
-    folder = session.writer.path.parent
+    folder = session.writer.path.parent / "profile"
+    folder.mkdir(exist_ok=True)
     command += ("--results", str(session.writer.path.resolve()), "--out", str(folder.resolve()))
     return _of_module(session.run(command, seconds, "profile"))
 
