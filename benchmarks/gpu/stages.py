@@ -65,7 +65,6 @@ def profile(session: Session, seconds: float) -> Outcome:
     """Traces, and the counters of the kernel that is slowest beside its roof."""
     command = _module(session, "benchmarks.profile", seconds)
     folder = session.writer.path.parent / "profile"
-    folder.mkdir(exist_ok=True)
     command += ("--results", str(session.writer.path.resolve()), "--out", str(folder.resolve()))
     return _of_module(session.run(command, seconds, "profile"))
 
