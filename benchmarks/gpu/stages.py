@@ -58,7 +58,7 @@ def models(session: Session, seconds: float) -> Outcome:
     command = _module(session, "benchmarks.models", seconds)
     if session.suite("models") and not session.retry_failed:
         command += ("--known", str(session.writer.path.resolve()))
-    return _of_module(session.run(command, seconds, "models"))
+    return _of_module(session, "models", session.run(command, seconds, "models"))
 
 
 def profile(session: Session, seconds: float) -> Outcome:
@@ -66,11 +66,15 @@ def profile(session: Session, seconds: float) -> Outcome:
     command = _module(session, "benchmarks.profile", seconds)
     folder = session.writer.path.parent / "profile"
     command += ("--results", str(session.writer.path.resolve()), "--out", str(folder.resolve()))
-    return _of_module(session.run(command, seconds, "profile"))
+    return _of_module(session, "profile", session.run(command, seconds, "profile"))
 
 
-def _of_module(ending: Ending) -> Outcome:
+def _of_module(session: Session, suite: str, ending: Ending) -> Outcome:
     outcome = of_ending(ending)
+    # Its last line is of whatever library spoke last.
+    rows = session.suite(suite)
+    failed, absent = (sum(problem in row for row in rows) for problem in ("failed", "absent"))
+    outcome.last_line = f"{len(rows)} rows, {failed} failed, {absent} absent"
     if ending.exit_code == _LEFT_OUT:
         outcome.status = "timed out"
     return outcome
