@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine with python3, python3-venv and g++:
 #   make demo    make test
-# Variables: PYTHON (python3), VENV (.venv), OUT (where `make gpu` writes).
+# Variables: PYTHON (python3), VENV (.venv), OUT (where `make gpu` writes), GPU_OPTIONS (of it).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -74,7 +74,7 @@ bench: $(READY)
 
 # On a machine with a CUDA build of torch and no network: uses its python3 as it is.
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) $(GPU)
+	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) $(GPU_OPTIONS)
 
 clean:
 	rm -rf build dist *.egg-info fused_attn/_C*.so demo_output

@@ -25,7 +25,7 @@ ENVIRONMENT = {
 }
 SIDE_BY_SIDE = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 """Of processes that share the cores."""
-CASE_SECONDS = 60.0
+CASE_SECONDS = 75.0
 """The limit of a case, once its process has begun."""
 LINE_CHARACTERS = 160
 """Of a row on the screen."""

@@ -37,6 +37,8 @@ STAGES = tuple(SECONDS)
 SIDE_BY_SIDE_STAGES = ("tests", "sanitizer")
 """These time nothing, and leave each other enough of the machine: they have their time together."""
 SANITIZERS = ("memcheck", "racecheck")
+# What a module ends with where it began some case no more, for want of time.
+_LEFT_OUT = 3
 # Files outside these folders may need packages (sacreBLEU) that a borrowed machine lacks, and have
 # no test that needs a GPU.
 GPU_TESTS = (
@@ -53,15 +55,29 @@ REHEARSED_TESTS = ("tests/ops/test_philox.py",)
 
 def models(session: Session, seconds: float) -> Outcome:
     """Whole models beside their peers."""
-    return of_ending(session.run(_module(session, "benchmarks.models", seconds), seconds, "models"))
+    command = _module(session, "benchmarks.models", seconds)
+    if session.suite("models") and not session.retry_failed:
+        command += ("--known", str(session.writer.path.resolve()))
+    return _of_module(session, "models", session.run(command, seconds, "models"))
 
 
 def profile(session: Session, seconds: float) -> Outcome:
     """Traces, and the counters of the kernel that is slowest beside its roof."""
     command = _module(session, "benchmarks.profile", seconds)
-    folder = session.writer.path.parent
+    folder = session.writer.path.parent / "profile"
     command += ("--results", str(session.writer.path.resolve()), "--out", str(folder.resolve()))
-    return of_ending(session.run(command, seconds, "profile"))
+    return _of_module(session, "profile", session.run(command, seconds, "profile"))
+
+
+def _of_module(session: Session, suite: str, ending: Ending) -> Outcome:
+    outcome = of_ending(ending)
+    # Its last line is of whatever library spoke last.
+    rows = session.suite(suite)
+    failed, absent = (sum(problem in row for row in rows) for problem in ("failed", "absent"))
+    outcome.last_line = f"{len(rows)} rows, {failed} failed, {absent} absent"
+    if ending.exit_code == _LEFT_OUT:
+        outcome.status = "timed out"
+    return outcome
 
 
 def _module(session: Session, module: str, seconds: float) -> tuple[str, ...]:
@@ -158,6 +174,8 @@ def run_stages(session: Session, names: Sequence[str], seconds: float) -> int:
         for row in session.suite("stage")
         if row["status"] == "passed" and "label" not in row
     }
+    # These leave out what they have rows of; the earlier run may have been asked for less.
+    passed -= {"validate", "operators"}
     # A fresh machine has no extension, whatever an earlier one had.
     if not list((ROOT / "fused_attn").glob("_C*.so")):
         passed.discard("build")

@@ -23,12 +23,12 @@ from .session import (
 )
 from .timed import operator_tasks
 
-# Processes that prepare benchmark cases, whose oracle takes up to 20 GB of an H200's 141; the
-# others take next to nothing. A peer that wants more than it may have is told of when it is timed.
-PREPARING = 4
-MEMORY = {"validate": 0.015, "prepare": 0.18}
-"""Of the GPU's memory, what a process may have."""
-PREPARE_SECONDS = 2 * CASE_SECONDS
+# Processes that prepare benchmark cases: of sixteen cores, what keeps both pools busy for as long.
+PREPARING = 6
+MEMORY = {"validate": 0.015, "prepare": 0.12}
+"""Of the GPU's memory, what a process may have: of an H200's, 2 and 17 GB. A benchmark case that
+wants more, or a peer of it, is checked when it is timed, alone on the GPU."""
+PREPARE_SECONDS = 120.0
 """A case's peers are compiled with it."""
 DEATHS_ALLOWED = 8
 """How many processes a backend may end before it is left out of the rest of its op: each costs

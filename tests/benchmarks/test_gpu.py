@@ -398,6 +398,26 @@ def test_stages_go_on_whatever_becomes_of_one(
     assert len(rows_of(tmp_path)) == 2
 
 
+def test_what_passed_is_left_out_unless_it_may_have_been_a_part(
+    new_session: NewSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def note(name: str) -> Callable[[Session, float], Outcome]:
+        def stage(session: Session, seconds: float) -> Outcome:
+            ran.append(name)
+            return Outcome("passed")
+
+        return stage
+
+    names = ("validate", "operators", "models")
+    for name in names:
+        monkeypatch.setitem(stages.RUN, name, note(name))
+    known = tuple({"suite": "stage", "stage": name, "status": "passed"} for name in names)
+    assert stages.run_stages(new_session(known), names, 60.0) == 0
+    assert ran == ["validate", "operators"]
+
+
 def test_stages_without_time_are_rows(new_session: NewSession, tmp_path: Path) -> None:
     assert stages.run_stages(new_session(), ["models", "tests"], 0.0) == 2
     assert [row["status"] for row in rows_of(tmp_path)] == ["no time left"] * 2

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fused_attn import BlockMask, attention
+from fused_attn.ops.attention import cases as attention_cases
 from fused_attn.ops.attention.reference import dropout_mask
-from fused_attn.validation import compare, fused_backends
+from fused_attn.validation import case_inputs, compare, fused_backends, op_cases, run_case
 
 from .suite import OpSuite, assert_bit_equal
 
@@ -805,3 +806,25 @@ def test_errors_of_nested_tensors() -> None:
         attention(right, right, right, key_lengths=torch.tensor([4, 5]))
     with pytest.raises(ValueError, match="attention: value must have the sequence lengths of key"):
         attention(right, right, wrong)
+
+
+@pytest.mark.parametrize("name", ["encoder_padded", "relative_positions", "graph", "primes_causal"])
+def test_the_reference_of_a_large_case_takes_a_head_at_a_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in op_cases("attention") if case.name == name)
+    inputs = case_inputs(case, torch.float64, "cpu")
+    whole = run_case(case, inputs, "reference")
+    logits = []
+    original = attention_cases.attention
+    monkeypatch.setattr(attention_cases, "_HELD_LOGITS", 0)
+    monkeypatch.setattr(
+        attention_cases,
+        "attention",
+        lambda query, **call: logits.append(query.size(1)) or original(query, **call),
+    )
+    by_heads = run_case(case, inputs, "reference")
+    assert set(logits) == {1}
+    assert whole.keys() == by_heads.keys()
+    for tensor in whole:
+        torch.testing.assert_close(by_heads[tensor], whole[tensor], atol=1e-14, rtol=1e-12)
