@@ -114,7 +114,7 @@ def _remarkable(rows: Sequence[Row]) -> list[str]:
     spilling = [row for row in rows if row["spills"] > 0]
     lines = [f"- Kernels that spill: {len(spilling)} of {len(rows)}."]
     lines += [
-        f"  - {table.name(row)}: {row['spills']} bytes. {table.allowed_spill(row)}"
+        f"  - {table.name(row)}: {row['spills']} bytes; {table.allowed_spill(row) or 'not allowed'}"
         for row in spilling
     ]
     serial = [row for row in rows if row.get("is_serialized")]

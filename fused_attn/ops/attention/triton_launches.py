@@ -48,12 +48,12 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ("sm_90", "query_gradient", 2): (
         ("128x64 8w 2s tma | 128x64 8w 2s", "64x64 8w 2s", "64x16 8w 1s"),
         ("128x64 8w 2s tma | 64x64 8w 1s", "64x64 8w 1s", "64x16 4w 1s 255r"),
-        ("64x64 8w 1s", "64x32 8w 1s", "64x16 8w 1s"),
+        ("64x64 8w 1s", "64x32 8w 1s", "32x16 8w 1s 255r"),
     ),
     ("sm_90", "key_gradient", 2): (
         ("64x128 8w 2s tma | 64x128 8w 2s", "64x128 8w 2s", "16x64 8w 2s"),
         ("32x128 8w 2s", "32x64 8w 1s", "16x64 8w 2s"),
-        ("16x64 8w 1s", "16x64 8w 1s", "16x64 8w 1s"),
+        ("16x64 8w 1s", "16x64 8w 1s", "16x32 8w 1s"),
     ),
     ("sm_80", "forward", 2): (
         ("128x64 4w 2s", "128x64 8w 2s", "128x64 8w 2s"),
@@ -73,7 +73,7 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ("sm_100", "forward", 2): (
         ("128x128 8w 2s", "128x64 8w 2s", "128x64 8w 2s"),
         ("128x64 8w 2s", "64x64 4w 1s", "64x64 4w 1s"),
-        ("64x32 4w 1s", "64x32 4w 1s", "64x32 4w 1s"),
+        ("64x32 4w 1s", "64x32 4w 1s", "64x16 4w 1s"),
     ),
     ("sm_100", "query_gradient", 2): (
         ("128x64 8w 2s", "64x64 8w 1s", "64x64 8w 1s"),
@@ -83,7 +83,7 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ("sm_100", "key_gradient", 2): (
         ("32x128 8w 2s", "32x64 8w 2s", "32x64 8w 1s 255r"),
         ("32x64 8w 1s 255r", "32x64 8w 1s 255r", "16x64 8w 1s"),
-        ("16x64 8w 1s", "16x64 8w 1s", "16x64 8w 1s"),
+        ("16x32 8w 1s", "16x32 8w 1s", "16x32 8w 1s"),
     ),
     ("gfx942", "forward", 2): (
         ("128x64 4w 1s", "128x64 4w 1s", "128x64 4w 1s"),
@@ -103,17 +103,17 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ("sm_90", "forward", 4): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 4w 1s 255r", "16x16 4w 1s 255r", "16x16 4w 1s 255r"),
+        ("16x16 4w 1s 255r", "16x16 4w 1s 255r", "16x16 8w 1s 255r"),
     ),
     ("sm_90", "query_gradient", 4): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 4w 1s 255r", "16x16 4w 1s 255r", "16x16 4w 1s 255r"),
+        ("16x16 8w 2s 255r", "16x16 8w 2s 255r", "16x16 8w 2s 255r"),
     ),
     ("sm_90", "key_gradient", 4): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 4w 1s 255r", "16x16 4w 1s 255r", "16x16 4w 1s 255r"),
+        ("16x16 4w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
     ),
     ("sm_90", "bias_gradient", 2): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
@@ -122,8 +122,8 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ),
     ("sm_90", "bias_gradient", 4): (
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
-        ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
+        ("16x16 8w 1s", "16x16 8w 1s", "16x16 8w 1s"),
+        ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s"),
     ),
     ("sm_80", "forward", 4): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
@@ -133,12 +133,12 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ("sm_80", "query_gradient", 4): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 4w 1s 255r", "16x16 4w 1s 255r", "16x16 4w 1s 255r"),
+        ("16x16 8w 2s 255r", "16x16 8w 2s 255r", "16x16 8w 2s 255r"),
     ),
     ("sm_80", "key_gradient", 4): (
-        ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
+        ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "16x32 8w 1s 255r"),
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 4w 1s 255r", "16x16 4w 1s 255r", "16x16 4w 1s 255r"),
+        ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
     ),
     ("sm_80", "bias_gradient", 2): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
@@ -146,24 +146,24 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
     ),
     ("sm_80", "bias_gradient", 4): (
-        ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
+        ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s"),
+        ("16x16 8w 1s", "16x16 8w 1s", "16x16 8w 1s"),
         ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
     ),
     ("sm_100", "forward", 4): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 4w 1s 255r", "16x16 4w 1s 255r", "16x16 4w 1s 255r"),
+        ("16x16 4w 1s 255r", "16x16 4w 1s 255r", "16x16 8w 1s 255r"),
     ),
     ("sm_100", "query_gradient", 4): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 4w 1s 255r", "16x16 4w 1s 255r", "16x16 4w 1s 255r"),
+        ("16x16 8w 2s 255r", "16x16 8w 2s 255r", "16x16 8w 2s 255r"),
     ),
     ("sm_100", "key_gradient", 4): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 4w 1s 255r", "16x16 4w 1s 255r", "16x16 4w 1s 255r"),
+        ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
     ),
     ("sm_100", "bias_gradient", 2): (
         ("32x32 8w 1s 255r", "32x32 8w 1s 255r", "32x32 8w 1s 255r"),
@@ -172,8 +172,8 @@ _TABLE: dict[tuple[str, str, int], tuple[tuple[str, str, str], ...]] = {
     ),
     ("sm_100", "bias_gradient", 4): (
         ("16x32 8w 1s 255r", "16x32 8w 1s 255r", "16x32 8w 1s 255r"),
-        ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
-        ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s 255r"),
+        ("16x16 8w 1s", "16x16 8w 1s", "16x16 8w 1s"),
+        ("16x16 8w 1s 255r", "16x16 8w 1s 255r", "16x16 8w 1s"),
     ),
     ("gfx942", "forward", 4): (
         ("32x32 4w 1s 255r", "32x32 4w 1s 255r", "32x32 4w 1s 255r"),

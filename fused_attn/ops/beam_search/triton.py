@@ -89,6 +89,10 @@ def step(
     room = _room(K)
     edits = 0 if edit_tokens is None else edit_tokens.size(2)
     words = ceil_div(V, 32)
+    if is_aligned:
+        registers = 64 if edit_tokens is None else 80
+    else:
+        registers = 128 if shortlist is None else 255
     scan_rows = select_rows = sentences = 1
     if target().architecture == "interpreter":
         scan_rows = min(next_power_of_2(rows), _INTERPRETED_ELEMENTS // _CHUNK)
@@ -160,7 +164,7 @@ def step(
             GROUP=group,
             num_warps=_SCAN_WARPS,
             # All loads are under way at once.
-            **target().register_options(64 if is_aligned else 128 if shortlist is None else 255),
+            **target().register_options(registers),
         )
         select_kernel[(ceil_div(rows, select_rows),)](
             logits,
