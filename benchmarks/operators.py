@@ -382,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, help="turns of each (15; quick: 5)")
     parser.add_argument("--threads", type=int, help="default: torch's own")
-    parser.add_argument("--quick", action="store_true", help="the first two cases of each op")
+    parser.add_argument("--quick", action="store_true", help="two cases of each op, 5 turns")
     parser.add_argument(
         "--out", type=Path, help="folder or .jsonl file; default: results/<device>/"
     )
