@@ -43,7 +43,7 @@ $(READY): $(VENV)/torch setup.py pyproject.toml $(SOURCES)
 demo: $(READY)
 	$(BIN)/fused-attn info
 	$(BIN)/fused-attn validate --quiet
-	$(BIN)/python -m benchmarks.operators --rounds 3 --quick --out demo_output
+	$(BIN)/python -m benchmarks.operators --rounds 3 --quick --only fused_attn eager sdpa --out demo_output
 	$(BIN)/fused-attn demo --out demo_output
 
 # One OpenMP thread each: two processes with two threads wait for each other. Tests of several
