@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_a_problem(compiler: Compiler) -> None:
         call = launches.Call({**arguments, "forward_launch": forward_launch}, False, ())
         return table.triton_rows(compiler, "attention", "sm_90", call)
 
-    (spilling,) = table.problems(compiled("64x64 4w 1s 32r"))
+    (spilling,) = table.problems(compiled("128x128 4w 1s 128r"))
     assert spilling.endswith("bytes of registers are spilled")
     (too_large,) = table.problems(compiled("128x128 8w 8s tma"))
     assert too_large.endswith(f"a block may have {LIMITS['sm_90'].block_shared}")

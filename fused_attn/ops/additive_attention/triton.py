@@ -29,7 +29,7 @@ _MAX_SPLITS = 32
 _PRODUCT_ROWS = 16
 _PRODUCT_BYTES = 128
 # Registers of a thread: of the scores, and of everything else.
-_SCORES_REGISTERS = 208
+_SCORES_REGISTERS = 216
 _REGISTERS = 255
 # Elements of a program that sums slices.
 _SUM_ELEMENTS = 1024
