@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fused_attn.validation import OPS
 
-from . import figures, tables
+from . import exponents, figures, tables
 from .comparisons import comparisons, newest_rows
 from .figures import Data
 from .results import FOLDER, ROOT, Row, Run, newest
@@ -242,6 +242,7 @@ def _scaling(runs: Sequence[Run], block: Block) -> Parts:
             data = figures.scaling(*found)
             words = f"Time and memory of {op} against its sizes on {data['device']}"
             yield Picture(f"scaling-{op}-{_folder(runs)}", "scaling", data, words)
+            yield from exponents.table(found[1])
             yield from tables.source(*found)
 
 
