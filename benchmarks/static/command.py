@@ -132,7 +132,8 @@ def main(
     if not failed:
         changes = table.differences(compared, rows)
         print(f"{len(changes)} rows differ from the committed table" + ":" * bool(changes))
-        print("\n".join(f"  {line}" for line in changes[:_SHOWN]))
+        for line in changes[:_SHOWN]:
+            print(f"  {line}")
         if len(changes) > _SHOWN:
             print(f"  and {len(changes) - _SHOWN} more")
     for row in rows:
