@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+from fused_attn.validation import OPS
+
 from . import cuda, launches, page, table
 from .table import Row, Scope
 from .targets import CUDA_TARGETS, TRITON_TARGETS
@@ -50,7 +52,7 @@ def jobs(ops: Sequence[str] = (), targets: Sequence[str] = (), is_quick: bool = 
         op, _, kind = unit.partition("_cuda_")
         found.append(Job(Scope("cuda", op, target, kind), None))
     triton_targets = launches.QUICK_TARGETS if is_quick else TRITON_TARGETS
-    for op, target in itertools.product(launches.OPS, triton_targets):
+    for op, target in itertools.product(OPS, triton_targets):
         for call in launches.calls(op, target, is_quick):
             found.append(Job(Scope("triton", op, target, call.name), call))
     return [
@@ -98,7 +100,7 @@ def main(
         description="Compile the kernels for GPUs that are not there, and compare with the table.",
     )
     parser.add_argument("--quick", action="store_true", help="what the tests compile")
-    parser.add_argument("--op", action="append", choices=launches.OPS, help="repeatable")
+    parser.add_argument("--op", action="append", choices=OPS, help="repeatable")
     targets = dict.fromkeys((*TRITON_TARGETS, *CUDA_TARGETS))
     parser.add_argument("--target", action="append", choices=list(targets), help="repeatable")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default: 2")

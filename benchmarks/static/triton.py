@@ -59,7 +59,7 @@ class Compiler:
 
         Args:
             target: One of ``TRITON_TARGETS``.
-            op: One of ``launches.OPS``.
+            op: One of :data:`fused_attn.validation.OPS`.
             arguments: Of the op's ``launch``.
 
         Raises:

@@ -13,6 +13,7 @@ from benchmarks.static.table import Row
 from benchmarks.static.targets import LIMITS
 from benchmarks.static.triton import Compiler
 from fused_attn.ops.add_layer_norm import triton as add_layer_norm
+from fused_attn.validation import OPS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -27,7 +28,7 @@ def compiler() -> Iterator[Compiler]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", launches.QUICK_TARGETS)
-@pytest.mark.parametrize("op", launches.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_compiles_as_the_table_says(compiler: Compiler, op: str, target: str) -> None:
     calls = launches.calls(op, target, is_quick=True)
     rows = {call.name: table.triton_rows(compiler, op, target, call) for call in calls}

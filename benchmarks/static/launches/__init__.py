@@ -14,16 +14,6 @@ import torch
 
 from ..targets import TRITON_TARGETS
 
-OPS = (
-    "add_layer_norm",
-    "additive_attention",
-    "attention",
-    "beam_search",
-    "bias_activation_dropout",
-    "copy_distribution",
-    "decode_attention",
-    "recurrent_cell",
-)
 QUICK_TARGETS = ("sm_90", "gfx942")
 
 
