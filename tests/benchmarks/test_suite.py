@@ -51,10 +51,12 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "bench", "--turns", "2", "--out", "out", *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    # It is no worker of this run's, in which pytest-benchmark would measure nothing.
+    outer = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     return subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "160"},
+        env={**outer, "PYTHONPATH": path, "COLUMNS": "160"},
         capture_output=True,
         text=True,
         check=False,
