@@ -158,6 +158,7 @@ def describe(device: str) -> Row:
         "suite": "machine",
         "device": device,
         "name": cpu_name(),
+        "cpu": _cpu_kind(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -209,6 +210,19 @@ def cpu_name() -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     names = (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def _cpu_kind() -> str | None:
+    """Family and model, which tell processors apart that a hypervisor gives one name."""
+    path = Path("/proc/cpuinfo")
+    fields = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    known = [
+        f"{name.split()[-1]} {fields[name]}" for name in ("cpu family", "model") if name in fields
+    ]
+    return ", ".join(known) or None
 
 
 def version(package: str) -> str | None:
