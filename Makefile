@@ -13,7 +13,7 @@ CXX_FILES := $(SOURCES) $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cuh tes
 .PHONY: help install demo test lint format docs validate bench gpu clean
 
 help:
-	@echo "make demo      install, validate, benchmark, train and translate (5 minutes)"
+	@echo "make demo      install, validate, benchmark, train and translate (10 minutes)"
 	@echo "make test      install and run the tests"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make docs      draw the pictures of docs, and its tables of results"

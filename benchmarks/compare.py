@@ -48,6 +48,8 @@ _FEWEST_CONTROLS = 8
 """Fewer changes of peers have no spread to speak of."""
 _TURNS = 5
 """Of rows that do not say how many there were."""
+# Of what only one run has: a run of a part has little of a whole one.
+_LONGEST_LIST = 10
 _SHORTEST_COMMIT = 4
 _GROWN_ERROR, _GROWN_MEMORY, _PAGE = 1.10, 1.01, 4096
 PACKAGE_OF = {
@@ -174,10 +176,12 @@ def compare(
     Raises:
         UnusableError: The runs are of different devices or numbers of threads.
     """
-    for name in ("device", "name", "our_instructions", "threads"):
-        if a.machine.get(name) != b.machine.get(name):
-            values = f"{a.machine.get(name)} and {b.machine.get(name)}"
-            raise UnusableError(f"the runs are of different machines: {name} {values}")
+    for name in ("device", "name", "cpu", "our_instructions", "threads"):
+        known = [run.machine[name] for run in (a, b) if run.machine.get(name) is not None]
+        if len(set(known)) > 1:
+            raise UnusableError(
+                f"the runs are of different machines: {name} {known[0]} and {known[1]}"
+            )
     before, after = _by_name(a, suites, ops), _by_name(b, suites, ops)
     same = {
         provider: _same_version(a, b, provider) for one in before.values() for provider in one.rows
@@ -356,8 +360,11 @@ def lines(result: Result) -> Iterator[str]:
                 f"| {number(v.after['p50_ms'])} | {_told(v)} |"
             )
     for title, rows in result.notes.items():
+        shown = rows[:_LONGEST_LIST] if title in ("gone", "new") else rows
         if rows:
-            yield from ("", f"{title}:", *(f"- {row}" for row in rows))
+            yield from ("", f"{title}:", *(f"- {row}" for row in shown))
+        if len(rows) > len(shown):
+            yield f"- and {len(rows) - len(shown)} more"
     counts = f"{len(result.slower)} slower, {len(result.faster)} faster"
     counts += "".join(f", {len(rows)} {title}" for title, rows in result.notes.items() if rows)
     hidden = f"; noise hides changes below {result.limit:.2f}" if result.noisy else ""

@@ -15,6 +15,7 @@ MACHINE: Row = {
     "suite": "machine",
     "device": "cpu",
     "name": "Some CPU",
+    "cpu": "family 1, model 2",
     "our_instructions": "avx2",
     "threads": 2,
     "python": "3.12.0",

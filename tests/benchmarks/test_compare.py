@@ -126,13 +126,21 @@ def test_what_does_not_vary_is_told() -> None:
     assert result.worse  # for what fails
 
 
+def test_a_run_of_a_part_has_no_long_list_of_the_rest() -> None:
+    rows = [row for i in range(30) for row in providers(f"case_{i:02}", steady())]
+    text = list(lines(compare(run(rows), run(providers("case_00", steady())))))
+    assert sum(line.startswith("- operators") for line in text) == 10
+    assert "- and 19 more" in text
+    assert text[-1].endswith("29 gone")
+
+
 def test_growth_of_memory_alone_is_not_worse() -> None:
     before = run(providers("full", steady(), peak_bytes=1_000_000))
     after = run(providers("full", steady(), peak_bytes=9_000_000))
     assert not compare(before, after).worse
 
 
-@pytest.mark.parametrize("field", ["name", "our_instructions", "threads", "device"])
+@pytest.mark.parametrize("field", ["name", "cpu", "our_instructions", "threads", "device"])
 def test_different_machines_are_not_compared(field: str) -> None:
     rows = providers("full", steady())
     with pytest.raises(UnusableError, match=f"different machines: {field} "):
