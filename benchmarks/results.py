@@ -71,14 +71,14 @@ class Writer:
             self._machine = machine
 
     def add(self, row: Row) -> None:
-        """Write a row.
+        """Write a row; paths in its errors are the repository's own.
 
         Raises:
             ValueError: It has no suite.
         """
         if "suite" not in row:
             raise ValueError(f"a row of results must have a suite: {row}")
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row).replace(f"{ROOT}/", "") + "\n")
         self._file.flush()
 
     def close(self) -> None:

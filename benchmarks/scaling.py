@@ -304,7 +304,7 @@ def providers(sweep: Sweep, device: str, quick: bool) -> dict[str, _Provider]:
             found[name] = _Provider(bench_attention.forced("MATH"))
         elif name in peers and name != "compile":
             found[name] = _Provider(peers[name].make)
-        elif name in peers and not quick:
+        elif name in peers and "eager" in peers and not quick:
             found[name] = _Provider(lambda case: _compiled(sweep.op, base))
     return found
 

@@ -41,6 +41,14 @@ def test_a_row_is_there_as_soon_as_it_is_added(tmp_path: Path) -> None:
     assert [row["provider"] for row in read(path).suite("operators")] == ["fused_attn"]
 
 
+def test_an_error_names_files_of_the_repository_and_not_of_the_machine(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with Writer(path, machine()) as writer:
+        writer.add(operator("eager", failed=f'File "{results.ROOT}/benchmarks/timing.py", line 1'))
+    [row] = read(path).suite("operators")
+    assert row["failed"] == 'File "benchmarks/timing.py", line 1'
+
+
 def test_a_later_row_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with Writer(path, machine()) as writer:

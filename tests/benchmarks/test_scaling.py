@@ -66,6 +66,16 @@ def test_every_op_is_swept() -> None:
     assert {sweep.op for sweep in SWEEPS} == set(OPS)
 
 
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: f"{sweep.op}-{sweep.dimension}")
+def test_every_provider_of_a_sweep_can_be_made(sweep: Sweep) -> None:
+    scaling._compiled.cache_clear()
+    found = scaling.providers(sweep, "cpu", quick=False)
+    assert len(found) > 1
+    for provider in found.values():
+        provider.make(sweep.case(sweep.values[0], "cpu"))
+    scaling._compiled.cache_clear()
+
+
 def test_a_point_has_a_row_a_provider(small: Sweep) -> None:
     rows = rows_of(small)
     assert [(row["value"], row["provider"]) for row in rows] == [
