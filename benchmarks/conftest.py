@@ -11,7 +11,8 @@ import torch
 
 from fused_attn.ops._cases import Case, Direction
 
-from .operators import OURS, last_line
+from .operators import OURS
+from .results import problem
 from .suite import CLOCK, Session
 
 _SESSION = pytest.StashKey[Session]()
@@ -59,9 +60,8 @@ def measured(
         row, seconds = session.row(case, dtype, direction, provider)
         if "failed" in row and provider in OURS:
             pytest.fail(row["failed"])
-        for problem in ("absent", "failed"):
-            if problem in row:
-                pytest.skip(f"{problem}: {last_line(row[problem])}")
+        if why := problem(row):
+            pytest.skip(why)
         benchmark.extra_info.update(row)
         turns = iter(seconds)
         benchmark.pedantic(lambda: CLOCK.advance(next(turns)), rounds=len(seconds), iterations=1)

@@ -28,9 +28,18 @@ from fused_attn.validation import OPS, fused_backends, op_cases
 from . import checks
 from .checks import inputs_of, require_correct, require_same_function
 from .peers import IncomparableError, Run, peers_of
-from .results import Row, Writer, describe, writer
+from .results import Row, Writer, describe, dtype_name, problem, writer
 from .roofs import copy_of, measure_roof, to_row
-from .timing import Call, Times, interleaved, on_side_stream, peak_bytes, ratio, summary
+from .timing import (
+    Call,
+    Times,
+    interleaved,
+    on_side_stream,
+    peak_bytes,
+    ratio,
+    summary,
+    times_row,
+)
 
 OURS = ("fused_attn", "triton", "cuda", "cpu")
 """Providers that are this library: its own choice, or a backend by name."""
@@ -205,10 +214,7 @@ def measure(
         row: Row = {
             **head,
             "provider": name,
-            "p20_ms": s.p20 * 1e3,
-            "p50_ms": s.median * 1e3,
-            "p80_ms": s.p80 * 1e3,
-            "rounds": len(taken.seconds),
+            **times_row(taken.seconds),
         }
         if first is not None and name != first:
             r = ratio(taken.seconds, times[first].seconds)
@@ -349,27 +355,25 @@ def _made(case: Case, dtype: torch.dtype, device: str) -> _Made:
 
 
 def _head(case: Case, dtype: torch.dtype, direction: Direction) -> Row:
-    label = str(dtype).removeprefix("torch.")
-    return {"op": case.op, "case": case.name, "dtype": label, "direction": direction}
+    return {
+        "op": case.op,
+        "case": case.name,
+        "dtype": dtype_name(dtype),
+        "direction": direction,
+    }
 
 
 def line(row: Row) -> str:
     """A row of an op, for the screen."""
     head = f"{row['op']} {row['case']} {row['dtype']} {row['direction']} {row['provider']}: "
-    for problem in ("absent", "failed"):
-        if problem in row:
-            return f"{head}{problem}, {last_line(row[problem])}"
+    if why := problem(row):
+        return f"{head}{why}"
     text = f"{head}{row['p50_ms']:.4g} ms ({row['p20_ms']:.4g}–{row['p80_ms']:.4g})"
     if "ratio" in row:
         text += ", {1:.2f} ({0:.2f}–{2:.2f}) times ours".format(*row["ratio"])
     if row.get("share_of_roof"):
         text += f", {row['share_of_roof']:.0%} of the roof ({row['bound']})"
     return text
-
-
-def last_line(text: str) -> str:
-    """Of a reason or a traceback: what happened."""
-    return text.strip().splitlines()[-1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

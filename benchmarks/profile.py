@@ -29,7 +29,7 @@ from .models import rnn, transformer_step, translation
 from .models.comparison import NO_TIME, OURS, ModelCase, is_ready, synchronized
 from .models.sizes import SIZES, Size
 from .operators import OURS as OUR_PROVIDERS
-from .results import FOLDER, ROOT, Row, Writer, describe, read, writer
+from .results import FOLDER, ROOT, Row, Writer, describe, problem, read, writer
 
 LARGEST_TRACE = 4 << 20
 """Bytes: a machine that is lent gives back no large files."""
@@ -199,9 +199,8 @@ def line(row: Row) -> str:
     """A row, for the screen."""
     names = ("task", "model", "op", "case", "dtype", "direction", "provider")
     head = " ".join(row[name] for name in names if name in row) + ": "
-    for problem in ("absent", "failed"):
-        if problem in row:
-            return f"{head}{problem}, {row[problem].strip().splitlines()[-1]}"
+    if why := problem(row):
+        return f"{head}{why}"
     if "kernels" in row:
         return f"{head}{json.dumps(row['kernels'])}"
     most = ", ".join(f"{o['operator']} {o['share']:.0%}" for o in row["operators"][:3])

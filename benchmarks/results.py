@@ -233,6 +233,22 @@ def version(package: str) -> str | None:
         return None
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As rows have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def last_line(text: str) -> str:
+    """The line that says most of an error."""
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def problem(row: Row) -> str:
+    """Why a row has no times, in a line: ``absent, ...`` or ``failed, ...``; empty if it has."""
+    found = (f"{kind}, {last_line(row[kind])}" for kind in ("absent", "failed") if kind in row)
+    return next(found, "")
+
+
 def machine_line() -> str:
     """The CPU, its threads and torch, for the head of a table."""
     row = describe("cpu")

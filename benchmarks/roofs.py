@@ -16,7 +16,7 @@ import torch
 from fused_attn.ops._cases import Roof
 from fused_attn.validation import OPS
 
-from .results import clocks, cpu_name
+from .results import clocks, cpu_name, dtype_name
 from .timing import Call, interleaved, summary
 
 SIZES = tuple(1 << bits for bits in range(14, 31, 2))
@@ -95,7 +95,7 @@ def _ascending(copies: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]
 
 def to_row(roof: Roof) -> dict[str, Any]:
     """As a row of results."""
-    products = {str(dtype).removeprefix("torch."): rate for dtype, rate in roof.products.items()}
+    products = {dtype_name(dtype): rate for dtype, rate in roof.products.items()}
     row = {"suite": "roof", "copies": roof.copies, "products": products}
     return row if roof.vector is None else row | {"vector": roof.vector}
 

@@ -30,9 +30,9 @@ from fused_attn.validation import OPS, case_inputs, op_cases
 from . import bench_attention
 from .operators import OURS, bind, our_providers, require_correct, timed_dtypes
 from .peers import Run, peers_of
-from .results import Row, describe, writer
+from .results import Row, describe, dtype_name, problem, writer
 from .roofs import measure_roof, to_row
-from .timing import interleaved, peak_bytes, summary
+from .timing import interleaved, peak_bytes, summary, times_row
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
 PEERS = ("eager", "sdpa", "compile")
@@ -344,7 +344,7 @@ def measure(
                 "case": sweep.base_case(device).name,
                 "dimension": sweep.dimension,
                 "value": value,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype_name(dtype),
                 "direction": direction,
             }
             for name, row in _point(case, inputs, direction, device, known, bad, limits):
@@ -420,14 +420,10 @@ def _point(
     rounds = max(3, min(limits.rounds, int(limits.point_seconds / max(together, 1e-9))))
     times = interleaved(calls, rounds, limits.point_seconds / 75, device)
     for name, taken in times.items():
-        s = summary(taken.seconds)
         past = known[name].past[direction]
-        past[-1] = (s.median, past[-1][1])
+        past[-1] = (summary(taken.seconds).median, past[-1][1])
         row: Row = {
-            "p20_ms": s.p20 * 1e3,
-            "p50_ms": s.median * 1e3,
-            "p80_ms": s.p80 * 1e3,
-            "rounds": rounds,
+            **times_row(taken.seconds),
             "peak_bytes": peaks[name],
             "held_bytes": held,
         }
@@ -446,9 +442,8 @@ def line(row: Row) -> str:
         f"{row['op']} {row['case']} {row['dimension']}={row['value']} {row['direction']} "
         f"{row['provider']}: "
     )
-    for problem in ("absent", "failed"):
-        if problem in row:
-            return f"{head}{problem}, {row[problem].strip().splitlines()[-1]}"
+    if why := problem(row):
+        return f"{head}{why}"
     return (
         f"{head}{row['p50_ms']:.4g} ms (floor {row['floor_ms']:.3g}), "
         f"{row['peak_bytes'] / 1e6:.4g} MB (must hold {(row['held_bytes'] or 0) / 1e6:.4g})"

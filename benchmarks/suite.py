@@ -19,7 +19,7 @@ from fused_attn.ops._cases import Case, Direction
 
 from . import operators
 from .peers import peers_of
-from .results import Row, Writer, writer
+from .results import Row, Writer, dtype_name, last_line, writer
 from .roofs import measure_roof, to_row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +56,7 @@ def _rows(op: str) -> Iterator[Any]:
     ours = operators.our_providers(op, DEVICE)
     for case in operators.benchmark_cases(op, DEVICE):
         for dtype in operators.timed_dtypes(case, DEVICE):
-            label = str(dtype).removeprefix("torch.")
+            label = dtype_name(dtype)
             for direction in operators.directions(case):
                 group = f"{op} {case.name} {label} {direction}"
                 marks = [pytest.mark.benchmark(timer=CLOCK, group=group)]
@@ -79,7 +79,6 @@ class Session:
 
     rounds: int
     out: Path | None
-    only: tuple[str, ...] = ()
     _writer: Writer | None = None
     _roof: Any = None
     _key: tuple[Any, ...] = ()
@@ -99,7 +98,7 @@ class Session:
         if key != self._key:
             times: dict[str, Any] = {}
             rows = operators.measure(
-                case, dtype, direction, DEVICE, self._roof, self.rounds, self.only, samples=times
+                case, dtype, direction, DEVICE, self._roof, self.rounds, samples=times
             )
             for row in rows:
                 self._writer.add(row)
@@ -112,7 +111,7 @@ class Session:
     def _note(self, row: Row) -> None:
         for kind in ("absent", "failed", "unchecked"):
             if kind in row:
-                note = (kind, row["provider"], operators.last_line(row[kind]))
+                note = (kind, row["provider"], last_line(row[kind]))
                 self._notes[note] = self._notes.get(note, 0) + 1
 
     def notes(self) -> Iterator[str]:

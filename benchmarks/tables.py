@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .comparisons import Comparison
-from .results import PACKAGES, Row, Run
+from .results import PACKAGES, Row, Run, last_line
 
 PEERS_A_TABLE = 4
 """More of them continue in a table of their own."""
@@ -98,7 +98,7 @@ def problems(known: Sequence[Comparison]) -> Iterator[str]:
         for name, row in one.rows.items():
             for problem in ("absent", "failed"):
                 if problem in row:
-                    text = _escaped(row[problem].strip().splitlines()[-1])
+                    text = _escaped(last_line(row[problem]))
                     found.setdefault((name, problem, text), []).append(_short(one))
     for (name, problem, text), cases in found.items():
         everywhere = len(cases) == sum(name in one.rows for one in known)

@@ -219,6 +219,13 @@ def peak_bytes(call: Call, device: torch.device | str = "cpu") -> int:
     return peak
 
 
+def times_row(seconds: Sequence[float]) -> dict[str, float]:
+    """What a row of results has of the rounds: quantiles in milliseconds, and how many."""
+    s = summary(seconds)
+    in_ms = {"p20_ms": s.p20 * 1e3, "p50_ms": s.median * 1e3, "p80_ms": s.p80 * 1e3}
+    return {**in_ms, "rounds": len(seconds)}
+
+
 def summary(seconds: Sequence[float]) -> Timing:
     """Quantiles of the rounds."""
     ordered = sorted(seconds)

@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from fused_attn.validation import OPS
 
 from .. import operators, results
-from ..results import Row, identity
+from ..results import Row, identity, last_line, problem
 from .processes import Ending, Log, run
 
 # Nothing is fetched, and torch.compile has no processes of its own that would disturb a timing.
@@ -137,9 +135,8 @@ def _tests_line(row: Row) -> str:
 def _model_line(row: Row) -> str:
     names = ("suite", "model", "task", "case", "dtype", "provider")
     text = " ".join(str(row[name]) for name in names if name in row)
-    for problem in ("failed", "absent"):
-        if problem in row:
-            return f"{text}: {problem}, {last_line(row[problem])}"
+    if why := problem(row):
+        return f"{text}: {why}"
     return f"{text}: {row['p50_ms']:.4g} ms" if "p50_ms" in row else text
 
 
@@ -152,13 +149,3 @@ _LINES: dict[str, Callable[[Row], str]] = {
     "models": _model_line,
     "profile": _model_line,
 }
-
-
-def last_line(text: str) -> str:
-    """The line that says most of an error."""
-    return (text.strip().splitlines() or [""])[-1]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As rows have it."""
-    return str(dtype).removeprefix("torch.")

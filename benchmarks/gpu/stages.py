@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from fused_attn.validation import fused_backends, op_cases
 
 from .. import results
-from ..results import ROOT, Row
+from ..results import ROOT, Row, dtype_name
 from .building import build
 from .processes import Ending, Task, side_by_side, tail
-from .session import SIDE_BY_SIDE, Outcome, Session, dtype_name, of_ending, worker_command
+from .session import SIDE_BY_SIDE, Outcome, Session, of_ending, worker_command
 from .timed import time_operators
 from .validating import validate
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from .. import operators
+from ..comparisons import comparisons
 from ..results import Row
 from .session import Session, line
 
 # Together below a hundred lines.
 FAILURES, TIMES = 20, 45
-_CASE = ("model", "task", "op", "case", "dtype", "direction")
-# What no implementation of the whole op can be as fast as.
-_BOUNDS = ("copy", "sum", "cross_entropy")
 
 
 def summary(session: Session) -> list[str]:
@@ -41,20 +38,13 @@ def summary(session: Session) -> list[str]:
 
 def _beside_best_peer(rows: Sequence[Row]) -> Iterable[str]:
     """A line a case: the best of ours and the best of the others."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        if "p50_ms" in row and row["provider"] not in _BOUNDS:
-            groups.setdefault(tuple(row[n] for n in _CASE if n in row), []).append(row)
-    for case, group in groups.items():
-        ours = [row for row in group if row["provider"].startswith(operators.OURS)]
-        others = [row for row in group if row not in ours]
-        if not ours:
+    for one in comparisons(rows):
+        best, peer = one.fastest, one.best_peer
+        if best is None:
             continue
-        best = min(ours, key=lambda row: row["p50_ms"])
-        text = f"{' '.join(case)}: {best['provider']} {best['p50_ms']:.4g} ms"
+        text = f"{one.name}: {best['provider']} {best['p50_ms']:.4g} ms"
         if "share_of_roof" in best:
             text += f", {best['share_of_roof']:.0%} of the roof"
-        if others:
-            peer = min(others, key=lambda row: row["p50_ms"])
+        if peer is not None:
             text += f"; {peer['provider']} {peer['p50_ms'] / best['p50_ms']:.2f} times that"
         yield text

@@ -14,7 +14,7 @@ from fused_attn.ops._cases import Case
 
 from .. import operators
 from ..peers import peers_of
-from ..results import Row, identity
+from ..results import Row, dtype_name, identity
 from .processes import Failure, Pool, Task
 from .session import (
     ALL,
@@ -22,12 +22,10 @@ from .session import (
     ENVIRONMENT,
     Outcome,
     Session,
-    dtype_name,
     worker_command,
 )
 
 _HEAD: tuple[str, ...] = ("op", "case", "dtype", "direction")
-_FOUND: tuple[str, ...] = ("error", "budget", "unchecked", "failed")
 _FOUND = ("error", "budget", "unchecked", "failed")
 ROUNDS, QUICK_ROUNDS = 15, 5
 DEATHS_ALLOWED = 2

@@ -11,14 +11,13 @@ from typing import Any
 from fused_attn.validation import Comparison, fused_backends, op_cases
 
 from .. import operators
-from ..results import Row, identity
+from ..results import Row, dtype_name, identity
 from .processes import Failure, Pool, Task, side_by_side
 from .session import (
     CASE_SECONDS,
     SIDE_BY_SIDE,
     Outcome,
     Session,
-    dtype_name,
     worker_command,
 )
 from .timed import operator_tasks

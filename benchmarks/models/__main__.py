@@ -22,7 +22,7 @@ from typing import IO
 
 import torch
 
-from ..results import Row, Writer, describe, identity, read, writer
+from ..results import Row, Writer, describe, identity, problem, read, writer
 from . import recurrent_layers, rnn, transformer_step, translation
 from .comparison import NO_TIME, OURS, OURS_EAGER, ModelCase, is_ready, rows_of
 from .sizes import SIZES, Size
@@ -69,9 +69,8 @@ def line(row: Row) -> str:
     """A row of a model, for the screen."""
     names = ("model", "task", "case", "dtype", "provider")
     head = " ".join(row[name] for name in names) + ": "
-    for problem in ("absent", "failed"):
-        if problem in row:
-            return f"{head}{problem}, {row[problem].strip().splitlines()[-1]}"
+    if why := problem(row):
+        return f"{head}{why}"
     text = f"{head}{row['p50_ms']:.1f} ms ({row['p20_ms']:.1f}–{row['p80_ms']:.1f})"
     text += f", {row['tokens_per_s']:,.0f} tokens/s"
     if "ratio" in row:

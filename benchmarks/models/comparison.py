@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..results import Row
-from ..timing import Times, interleaved, peak_bytes, ratio, summary
+from ..timing import Times, interleaved, peak_bytes, ratio, summary, times_row
 from .counting import launches
 
 OURS = "fused_attn"
@@ -149,13 +149,9 @@ def _compare(case: ModelCase, device: str, rounds: int) -> Iterator[Row]:
 
 
 def _timed(case: ModelCase, name: str, times: dict[str, Times], said: Row) -> Row:
-    s = summary(times[name].seconds)
     fields: Row = {
-        "p20_ms": s.p20 * 1e3,
-        "p50_ms": s.median * 1e3,
-        "p80_ms": s.p80 * 1e3,
-        "rounds": len(times[name].seconds),
-        "tokens_per_s": case.tokens / s.median,
+        **times_row(times[name].seconds),
+        "tokens_per_s": case.tokens / summary(times[name].seconds).median,
         "shape": case.shape,
         **said,
     }
