@@ -249,15 +249,6 @@ def problem(row: Row) -> str:
     return next(found, "")
 
 
-def machine_line() -> str:
-    """The CPU, its threads and torch, for the head of a table."""
-    row = describe("cpu")
-    return (
-        f"{row['name']}, {row['threads']} threads, torch {row['torch']} "
-        f"({row['torch_instructions']}), our kernels {row['our_instructions']}"
-    )
-
-
 def _lasting(machine: Row) -> Row:
     return {name: value for name, value in machine.items() if name not in _VOLATILE}
 
